@@ -1,0 +1,21 @@
+// What this process may use of the machine: instruction sets, cores, memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tinyvllm {
+
+// The names of the kernel sets (csrc/ops/cpu/kernels.h) that this CPU can run, best first.
+// "portable" is always the last.
+std::vector<std::string> supported_isas();
+
+// One thread a physical core in the affinity mask, capped by the cgroup's CPU quota; at least 1.
+int default_num_threads();
+
+// Bytes of memory that this process could still allocate: MemAvailable, capped by what is left under
+// the limits of its cgroup (v2, or v1's memory controller) and of every cgroup above it.
+std::int64_t available_memory();
+
+}  // namespace tinyvllm

@@ -1,0 +1,365 @@
+// tinyvllm._core.Engine and what it is made of: sampling, block pool, and the bare model for tests.
+#include "engine/engine.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "base/errors.h"
+#include "base/host.h"
+#include "bindings/bindings.h"
+#include "model/rope_frequencies.h"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace tinyvllm {
+namespace {
+
+using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+
+std::optional<DType> parse_dtype(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  throw InvalidRequestError("dtype is \"" + name + "\"; it must be auto, bfloat16 or float32.");
+}
+
+const char* name_of(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return nullptr;
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kAbort:
+      return "abort";
+    case FinishReason::kError:
+      return "error";
+  }
+  return nullptr;
+}
+
+FinishReason parse_finish(const std::string& name) {
+  if (name == "stop") return FinishReason::kStop;
+  if (name == "length") return FinishReason::kLength;
+  if (name == "abort") return FinishReason::kAbort;
+  throw InvalidRequestError("finish reason \"" + name + "\" is not stop, length or abort.");
+}
+
+// The sampling fields that the core knows, by name; stop strings and the like stay in Python.
+SamplingParams make_params(const py::kwargs& fields) {
+  SamplingParams params;
+  const auto take = [&](const char* name, auto& target) {
+    if (fields.contains(name)) target = fields[name].cast<std::decay_t<decltype(target)>>();
+  };
+  take("n", params.n);
+  take("temperature", params.temperature);
+  take("top_p", params.top_p);
+  take("top_k", params.top_k);
+  take("min_p", params.min_p);
+  take("repetition_penalty", params.repetition_penalty);
+  take("presence_penalty", params.presence_penalty);
+  take("frequency_penalty", params.frequency_penalty);
+  take("seed", params.seed);
+  take("stop_token_ids", params.stop_token_ids);
+  take("ignore_eos", params.ignore_eos);
+  take("max_tokens", params.max_tokens);
+  take("min_tokens", params.min_tokens);
+  take("logprobs", params.logprobs);
+  take("logit_bias", params.logit_bias);
+  params.validate();
+  return params;
+}
+
+py::object exception_of(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const CheckpointError& e) {
+    return py::module_::import("tinyvllm.errors").attr("CheckpointError")(e.what());
+  } catch (const std::exception& e) {
+    return py::module_::import("tinyvllm.errors").attr("TinyvllmError")(e.what());
+  }
+}
+
+py::object optional_logprobs(const std::optional<TokenLogprobs>& logprobs) {
+  if (!logprobs) return py::none();
+  return py::make_tuple(logprobs->chosen, logprobs->chosen_rank, logprobs->top_ids,
+                        logprobs->top_logprobs);
+}
+
+void bind_step_output(py::module_& module) {
+  py::class_<StepOutput>(module, "StepOutput",
+                         "Events of one step, as parallel lists with an entry an event.")
+      .def_readonly("request", &StepOutput::request, "Request ids.")
+      .def_readonly("sample", &StepOutput::sample, "Which of the request's outputs.")
+      .def_readonly("token", &StepOutput::token, "The new token, or -1 for an end without one.")
+      .def_property_readonly(
+          "finish",
+          [](const StepOutput& output) {
+            py::list names;
+            for (const FinishReason reason : output.finish) names.append(name_of(reason));
+            return names;
+          },
+          "None, or stop, length, abort, error.")
+      .def_property_readonly(
+          "logprobs",
+          [](const StepOutput& output) {
+            py::list entries;
+            for (const auto& entry : output.logprobs) entries.append(optional_logprobs(entry));
+            return entries;
+          },
+          "None, or (logprob of the token, its rank, best ids, their logprobs).")
+      .def_property_readonly(
+          "errors",
+          [](const StepOutput& output) {
+            py::dict errors;
+            for (const auto& [id, error] : output.errors) errors[py::cast(id)] = exception_of(error);
+            return errors;
+          },
+          "Request id -> exception, for each finish of error.");
+}
+
+py::dict stats_of(const EngineStats& stats) {
+  return py::dict("num_requests_running"_a = stats.num_running,
+                  "num_requests_waiting"_a = stats.num_waiting, "num_blocks"_a = stats.num_blocks,
+                  "num_free_blocks"_a = stats.num_free_blocks, "num_steps"_a = stats.num_steps,
+                  "prompt_tokens"_a = stats.num_prompt_tokens,
+                  "generation_tokens"_a = stats.num_output_tokens);
+}
+
+py::dict info_of(const Engine& engine) {
+  const Weights& weights = engine.model().weights();
+  const KvShape one_block = engine.model().kv_shape(1, engine.block_size());
+  return py::dict("device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
+                  "num_threads"_a = engine.context().num_threads(),
+                  "dtype"_a = std::string(name_of(weights.compute)),
+                  "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
+                  "copied_weight_bytes"_a = weights.copied_bytes,
+                  "vocab_size"_a = engine.model().config().vocab_size,
+                  "model_max_position_embeddings"_a =
+                      engine.model().config().max_position_embeddings,
+                  "max_model_len"_a = engine.max_model_len(),
+                  "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
+                  "kv_cache_bytes_per_token"_a =
+                      one_block.bytes_per_block() / engine.block_size(),
+                  "warnings"_a = engine.checkpoint().warnings());
+}
+
+// Holds an engine until close(), so that its memory goes back then and not when Python collects it. A call
+// that another thread is in keeps the engine alive until it returns.
+class EngineHandle {
+ public:
+  explicit EngineHandle(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {}
+  void close() { engine_.reset(); }
+
+  const Engine& get() const { return *held(); }
+
+  // Calls f(engine) without Python's lock.
+  template <typename F>
+  auto unlocked(F&& f) const {
+    const std::shared_ptr<Engine> engine = held();
+    const py::gil_scoped_release release;
+    return f(*engine);
+  }
+
+ private:
+  const std::shared_ptr<Engine>& held() const {
+    if (!engine_) throw Error("This engine is closed. Make a new one.");
+    return engine_;
+  }
+
+  std::shared_ptr<Engine> engine_;
+};
+
+void bind_engine_class(py::module_& module) {
+  py::class_<EngineHandle>(module, "Engine", "See csrc/engine/engine.h.")
+      .def(py::init([](const std::filesystem::path& model, const std::string& dtype,
+                       std::optional<std::int64_t> max_model_len, std::int64_t max_num_seqs,
+                       std::int64_t max_num_batched_tokens, std::int64_t block_size,
+                       std::optional<std::int64_t> num_blocks,
+                       std::optional<std::int64_t> kv_cache_memory_bytes, int num_threads,
+                       std::uint64_t seed, std::vector<std::int32_t> eos_token_ids) {
+             const EngineConfig config{.dtype = parse_dtype(dtype),
+                                       .max_model_len = max_model_len,
+                                       .max_num_seqs = max_num_seqs,
+                                       .max_num_batched_tokens = max_num_batched_tokens,
+                                       .block_size = block_size,
+                                       .num_blocks = num_blocks,
+                                       .kv_cache_memory_bytes = kv_cache_memory_bytes,
+                                       .num_threads = num_threads,
+                                       .seed = seed,
+                                       .eos_token_ids = std::move(eos_token_ids)};
+             const py::gil_scoped_release release;
+             return EngineHandle(std::make_shared<Engine>(model, config));
+           }),
+           "model"_a, py::kw_only(), "dtype"_a = "auto", "max_model_len"_a = py::none(),
+           "max_num_seqs"_a = 256, "max_num_batched_tokens"_a = 2048, "block_size"_a = 16,
+           "num_blocks"_a = py::none(), "kv_cache_memory_bytes"_a = py::none(), "num_threads"_a = 0,
+           "seed"_a = 0, "eos_token_ids"_a = std::vector<std::int32_t>())
+      .def(
+          "add_request",
+          [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
+             const SamplingParams& params) {
+            handle.unlocked([&](Engine& engine) { engine.add_request(id, std::move(prompt), params); });
+          },
+          "id"_a, "prompt"_a, "params"_a)
+      .def("step",
+           [](const EngineHandle& handle) {
+             return handle.unlocked([](Engine& engine) { return engine.step(); });
+           })
+      .def(
+          "finish",
+          [](const EngineHandle& handle, RequestId id, std::int32_t sample,
+             const std::string& reason) {
+            const FinishReason parsed = parse_finish(reason);
+            handle.unlocked([&](Engine& engine) { engine.finish(id, sample, parsed); });
+          },
+          "id"_a, "sample"_a, "reason"_a)
+      .def(
+          "abort",
+          [](const EngineHandle& handle, RequestId id) {
+            handle.unlocked([&](Engine& engine) { engine.abort(id); });
+          },
+          "id"_a)
+      .def("has_unfinished",
+           [](const EngineHandle& handle) {
+             return handle.unlocked([](Engine& engine) { return engine.has_unfinished(); });
+           })
+      .def("stats",
+           [](const EngineHandle& handle) {
+             return stats_of(handle.unlocked([](Engine& engine) { return engine.stats(); }));
+           })
+      .def("info", [](const EngineHandle& handle) { return info_of(handle.get()); })
+      .def("close", &EngineHandle::close);
+}
+
+// The forward pass without the engine: teacher-forced logits of one sequence.
+class Model {
+ public:
+  Model(const std::filesystem::path& directory, const std::string& dtype, int num_threads,
+        std::int64_t block_size)
+      : checkpoint_(Checkpoint::open(directory)),
+        ctx_(num_threads),
+        dtype_(parse_dtype(dtype).value_or(checkpoint_.dtype() == DType::kFloat32
+                                               ? DType::kFloat32
+                                               : DType::kBFloat16)),
+        block_size_(block_size) {}
+
+  py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) {
+    const std::int64_t total = token_ids.size(), vocab = checkpoint_.config().vocab_size;
+    if (total == 0 || chunk_size < 0) throw InvalidRequestError("Give tokens and a chunk size >= 0.");
+    const std::span<const std::int32_t> tokens(token_ids.data(), static_cast<std::size_t>(total));
+    for (const std::int32_t token : tokens) {
+      if (token < 0 || token >= vocab) throw InvalidRequestError("A token id is not in the vocabulary.");
+    }
+    py::array_t<float> out({total, vocab});
+    float* target = out.mutable_data();
+    const py::gil_scoped_release release;
+    const std::int64_t chunk = chunk_size == 0 ? total : std::min(chunk_size, total);
+    Transformer model(ctx_, checkpoint_, dtype_, chunk, chunk);
+    const std::int64_t num_blocks = (total + block_size_ - 1) / block_size_;
+    const KvCache kv(model.kv_shape(num_blocks, block_size_));
+    std::vector<std::int32_t> table;  // backwards, so that a mixed-up block table shows
+    for (std::int64_t block = num_blocks; block-- > 0;) {
+      table.push_back(static_cast<std::int32_t>(block));
+    }
+    for (std::int64_t first = 0; first < total; first += chunk) {
+      const std::int64_t count = std::min(chunk, total - first);
+      std::vector<std::int32_t> positions, rows;
+      std::vector<std::int64_t> slots;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t position = first + i;
+        positions.push_back(static_cast<std::int32_t>(position));
+        rows.push_back(static_cast<std::int32_t>(i));
+        const std::int64_t block = table[static_cast<std::size_t>(position / block_size_)];
+        slots.push_back(block * block_size_ + position % block_size_);
+      }
+      const BatchSequence sequence{0, count, first, table.data()};
+      const MutTensorView result = model.forward(
+          {.tokens = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)),
+           .positions = positions,
+           .slots = slots,
+           .sequences = {&sequence, 1},
+           .logit_rows = rows},
+          kv);
+      std::copy_n(result.row<float>(0), count * vocab, target + first * vocab);
+    }
+    checkpoint_.check_files();
+    return out;
+  }
+
+ private:
+  const Checkpoint checkpoint_;
+  const CpuContext ctx_;
+  const DType dtype_;
+  const std::int64_t block_size_;
+};
+
+void bind_parts(py::module_& module) {
+  py::class_<Model>(module, "Model", "The forward pass alone, for tests and for study.")
+      .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t>(),
+           "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16)
+      .def("logits", &Model::logits, "token_ids"_a, "chunk_size"_a = 0,
+           "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in chunks.");
+
+  py::class_<BlockPool>(module, "BlockPool", "See csrc/engine/block_pool.h.")
+      .def(py::init<std::int64_t>(), "num_blocks"_a)
+      .def(
+          "grow",
+          [](BlockPool& pool, std::vector<std::int32_t> table, std::int64_t num_tokens,
+             std::int64_t block_size) {
+            const bool grown = pool.grow(table, num_tokens, block_size);
+            return py::make_tuple(grown, table);
+          },
+          "block_table"_a, "num_tokens"_a, "block_size"_a, "Returns (whether it grew, the table).")
+      .def(
+          "release",
+          [](BlockPool& pool, std::vector<std::int32_t> table) { pool.release(table); },
+          "block_table"_a)
+      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
+      .def_property_readonly("num_free", &BlockPool::num_free)
+      .def_property_readonly("num_used", &BlockPool::num_used);
+
+  module.def(
+      "sample",
+      [](const SamplingParams& params, const std::vector<float>& logits,
+         const std::vector<std::int32_t>& prompt, const std::vector<std::int32_t>& output,
+         std::uint64_t seed, std::vector<std::int32_t> eos_token_ids) {
+        Request request;
+        request.params = params;
+        request.seed = params.seed.value_or(seed);
+        request.num_prompt_tokens = prompt.size();
+        request.tokens = prompt;
+        request.tokens.insert(request.tokens.end(), output.begin(), output.end());
+        for (const std::int32_t token : output) ++request.output_counts[token];
+        params.validate_for(static_cast<std::int64_t>(logits.size()));
+        std::vector<float> row = logits;
+        const Sample sample = Sampler(std::move(eos_token_ids)).sample(request, row);
+        return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
+      },
+      "params"_a, "logits"_a, "prompt"_a, "output"_a, "seed"_a = 0,
+      "eos_token_ids"_a = std::vector<std::int32_t>(),
+      "The token that a request with this history takes from these logits, and its logprobs.");
+  module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<SamplingParams>(module, "SamplingParams", "See csrc/engine/sampling_params.h.")
+      .def(py::init(&make_params));
+  bind_step_output(module);
+  bind_engine_class(module);
+  bind_parts(module);
+  module.def("supported_isas", &supported_isas, "CPU kernel sets that run here, best first.");
+  module.def("default_num_threads", &default_num_threads);
+  module.def("available_memory", &available_memory, "Bytes that this process could still allocate.");
+}
+
+}  // namespace tinyvllm

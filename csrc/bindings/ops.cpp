@@ -1,0 +1,238 @@
+// tinyvllm._core.ops: every op on NumPy arrays, for tests and for the curious.
+//
+// float32 arrays are float32 tensors; uint16 arrays are the bits of bfloat16. Results are new arrays, filled
+// with NaN before the op runs, so that an element it forgets is seen.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/errors.h"
+#include "bindings/bindings.h"
+#include "model/rope_frequencies.h"
+#include "ops/gather_rows.h"
+#include "ops/matmul.h"
+#include "ops/paged_attention.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/silu_mul.h"
+
+namespace py = pybind11;
+
+namespace tinyvllm {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+using Longs = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+[[noreturn]] void refuse(const std::string& what) { throw InvalidRequestError("ops: " + what + "."); }
+
+DType dtype_of(const py::array& array) {
+  if (py::isinstance<py::array_t<float>>(array)) return DType::kFloat32;
+  if (py::isinstance<py::array_t<std::uint16_t>>(array)) return DType::kBFloat16;
+  refuse("an array is neither float32 nor uint16 (the bits of bfloat16)");
+}
+
+// A matrix or a vector (one row) whose rows are contiguous; rows may lie further apart.
+MutTensorView view(const py::array& array) {
+  if (array.ndim() < 1 || array.ndim() > 2) refuse("an array is not a vector or a matrix");
+  const DType dtype = dtype_of(array);
+  const auto width = static_cast<py::ssize_t>(size_of(dtype));
+  const bool matrix = array.ndim() == 2;
+  const std::int64_t rows = matrix ? array.shape(0) : 1, cols = array.shape(array.ndim() - 1);
+  if (cols > 1 && array.strides(array.ndim() - 1) != width) refuse("the rows are not contiguous");
+  const std::int64_t stride = matrix ? array.strides(0) / width : cols;
+  return {const_cast<void*>(array.data()), dtype, rows, cols, stride};
+}
+
+py::array make(DType dtype, std::int64_t rows, std::int64_t cols) {
+  if (dtype == DType::kFloat32) {
+    py::array_t<float> out({rows, cols});
+    std::fill_n(out.mutable_data(), rows * cols, std::numeric_limits<float>::quiet_NaN());
+    return out;
+  }
+  py::array_t<std::uint16_t> out({rows, cols});
+  std::fill_n(out.mutable_data(), rows * cols, std::uint16_t{0x7fc0});
+  return out;
+}
+
+const float* optional_data(const std::optional<Floats>& array) {
+  return array ? array->data() : nullptr;
+}
+
+template <typename T>
+std::span<const T> span_of(const py::array_t<T, py::array::c_style | py::array::forcecast>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+DType named(const std::string& dtype) {
+  if (dtype == "float32") return DType::kFloat32;
+  if (dtype == "bfloat16") return DType::kBFloat16;
+  refuse("dtype \"" + dtype + "\" is not float32 or bfloat16");
+}
+
+py::array bind_gather_rows(const CpuContext& ctx, const Ints& rows, const py::array& table) {
+  const MutTensorView source = view(table);
+  for (const std::int32_t row : span_of(rows)) {
+    if (row < 0 || row >= source.rows) refuse("a row number is outside the table");
+  }
+  py::array out = make(DType::kFloat32, rows.size(), source.cols);
+  gather_rows(ctx, span_of(rows), source, view(out));
+  return out;
+}
+
+py::array bind_rms_norm(const CpuContext& ctx, const py::array& x, const Floats& weight, float eps,
+                        const std::string& dtype) {
+  const MutTensorView source = view(x);
+  if (weight.size() != source.cols) refuse("weight is not as long as a row of x");
+  py::array out = make(named(dtype), source.rows, source.cols);
+  rms_norm(ctx, source, weight.data(), eps, view(out));
+  return out;
+}
+
+// Returns (new residual, normalized).
+py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const Floats& x,
+                            const Floats& weight, float eps, const std::string& dtype) {
+  const Floats sum(py::array(residual).attr("copy")());
+  const MutTensorView target = view(sum);
+  if (weight.size() != target.cols || x.size() != residual.size()) refuse("shapes do not fit");
+  py::array out = make(named(dtype), target.rows, target.cols);
+  add_rms_norm(ctx, target, view(x), weight.data(), eps, view(out));
+  return py::make_tuple(sum, out);
+}
+
+py::array bind_matmul(const CpuContext& ctx, const py::array& x, const std::vector<py::array>& blocks,
+                      const std::vector<std::optional<Floats>>& biases) {
+  Weight weight;
+  if (blocks.empty() || blocks.size() > weight.blocks.size()) refuse("give one to three row blocks");
+  weight.dtype = dtype_of(blocks.front());
+  weight.depth = view(blocks.front()).cols;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const MutTensorView block = view(blocks[i]);
+    if (block.cols != weight.depth || block.row_stride != block.cols || block.dtype != weight.dtype) {
+      refuse("the row blocks differ in depth or dtype, or are not contiguous");
+    }
+    const float* bias = i < biases.size() ? optional_data(biases[i]) : nullptr;
+    if (bias != nullptr && biases[i]->size() != block.rows) refuse("a bias has another length");
+    weight.blocks[i] = {block.data, block.rows, bias};
+  }
+  py::array out = make(DType::kFloat32, view(x).rows, weight.outputs());
+  matmul(ctx, view(x), weight, view(out));
+  return out;
+}
+
+py::array bind_silu_mul(const CpuContext& ctx, const py::array& gate_up, const std::string& dtype) {
+  const MutTensorView source = view(gate_up);
+  if (source.cols % 2 != 0) refuse("gate_up has an odd number of columns");
+  py::array out = make(named(dtype), source.rows, source.cols / 2);
+  silu_mul(ctx, source, view(out));
+  return out;
+}
+
+py::array bind_rope_angles(const CpuContext& ctx, const Ints& positions, const Floats& frequencies,
+                           float scale) {
+  py::array out = make(DType::kFloat32, positions.size(), 2 * frequencies.size());
+  rope_angles(ctx, span_of(positions),
+              {frequencies.data(), static_cast<std::size_t>(frequencies.size())}, scale, view(out));
+  return out;
+}
+
+// keys and values: [num_blocks, num_kv_heads, block_size, head_dim], written or read in place.
+KvLayer kv_layer(py::array& keys, py::array& values) {
+  if (keys.ndim() != 4 || values.ndim() != 4 || (keys.flags() & py::array::c_style) == 0) {
+    refuse("keys and values are contiguous arrays [num_blocks, num_kv_heads, block_size, head_dim]");
+  }
+  return {keys.mutable_data(), values.mutable_data(),
+          KvShape{.num_layers = 1,
+                  .num_blocks = keys.shape(0),
+                  .block_size = keys.shape(2),
+                  .num_kv_heads = keys.shape(1),
+                  .head_dim = keys.shape(3),
+                  .dtype = dtype_of(keys)}};
+}
+
+// Returns the new qkv; writes into keys and values.
+py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv, std::int64_t num_heads,
+                                      const std::optional<Floats>& q_norm,
+                                      const std::optional<Floats>& k_norm, float eps,
+                                      const Floats& cos_sin, const Longs& slots, py::array keys,
+                                      py::array values) {
+  py::array result = py::array(qkv).attr("copy")();
+  const KvLayer cache = kv_layer(keys, values);
+  const std::int64_t width = (num_heads + 2 * cache.shape.num_kv_heads) * cache.shape.head_dim;
+  if (view(result).cols != width || slots.size() != view(result).rows) refuse("shapes do not fit");
+  for (const std::int64_t slot : span_of(slots)) {
+    if (slot < 0 || slot >= cache.shape.num_blocks * cache.shape.block_size) refuse("a slot is outside");
+  }
+  qk_norm_rope_and_cache(ctx, view(result), num_heads, optional_data(q_norm), optional_data(k_norm),
+                         eps, view(cos_sin), span_of(slots), cache);
+  return result;
+}
+
+// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows.
+py::array bind_paged_attention(
+    const CpuContext& ctx, const py::array& q, py::array keys, py::array values,
+    const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
+    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype) {
+  const KvLayer cache = kv_layer(keys, values);
+  std::vector<BatchSequence> batch;
+  std::int64_t first_token = 0;
+  for (const auto& [first_position, num_tokens, table] : sequences) {
+    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * cache.shape.block_size;
+    if (first_position + num_tokens > covered) refuse("a block table is too short");
+    for (const std::int32_t block : table) {
+      if (block < 0 || block >= cache.shape.num_blocks) refuse("a block is outside the pool");
+    }
+    batch.push_back({first_token, num_tokens, first_position, table.data()});
+    first_token += num_tokens;
+  }
+  if (first_token != view(q).rows) refuse("the sequences do not cover the rows of q");
+  py::array out = make(named(dtype), view(q).rows, num_heads * cache.shape.head_dim);
+  paged_attention(ctx, view(q), cache, batch, num_heads, window, scale, view(out));
+  return out;
+}
+
+}  // namespace
+
+void bind_ops(py::module_& module) {
+  py::class_<CpuContext>(module, "CpuContext", "Threads and kernels for the ops on the CPU.")
+      .def(py::init<int, const std::string&>(), py::arg("num_threads") = 0, py::arg("isa") = "")
+      .def_property_readonly("num_threads", &CpuContext::num_threads)
+      .def_property_readonly("isa", [](const CpuContext& ctx) { return ctx.kernels().isa; })
+      .def(
+          "parallel_for",
+          [](const CpuContext& ctx, std::int64_t count, const py::function& call) {
+            const py::gil_scoped_release release;
+            ctx.parallel_for(count, [&](std::int64_t index, int worker) {
+              const py::gil_scoped_acquire acquire;
+              call(index, worker);
+            });
+          },
+          py::arg("count"), py::arg("call"), "Calls call(index, worker) once for each index.");
+
+  py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
+  ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
+  ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"), py::arg("eps"),
+          py::arg("dtype") = "float32");
+  ops.def("add_rms_norm", &bind_add_rms_norm, py::arg("ctx"), py::arg("residual"), py::arg("x"),
+          py::arg("weight"), py::arg("eps"), py::arg("dtype") = "float32");
+  ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
+          py::arg("biases") = std::vector<std::optional<Floats>>());
+  ops.def("silu_mul", &bind_silu_mul, py::arg("ctx"), py::arg("gate_up"),
+          py::arg("dtype") = "float32");
+  ops.def("rope_angles", &bind_rope_angles, py::arg("ctx"), py::arg("positions"),
+          py::arg("inverse_frequencies"), py::arg("scale") = 1.0f);
+  ops.def("qk_norm_rope_and_cache", &bind_qk_norm_rope_and_cache, py::arg("ctx"), py::arg("qkv"),
+          py::arg("num_heads"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
+          py::arg("cos_sin"), py::arg("slots"), py::arg("keys"), py::arg("values"));
+  ops.def("paged_attention", &bind_paged_attention, py::arg("ctx"), py::arg("q"), py::arg("keys"),
+          py::arg("values"), py::arg("sequences"), py::arg("num_heads"), py::arg("window") = 0,
+          py::arg("scale") = 1.0f, py::arg("dtype") = "float32");
+}
+
+}  // namespace tinyvllm

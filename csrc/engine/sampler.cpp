@@ -1,0 +1,190 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+
+#include "base/errors.h"
+#include "engine/philox.h"
+
+namespace tinyvllm {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// The lowest id among the largest values.
+std::int32_t argmax(std::span<const float> values) {
+  return static_cast<std::int32_t>(std::max_element(values.begin(), values.end()) - values.begin());
+}
+
+void apply_bias_and_mask(const Request& request, std::span<const std::int32_t> eos_token_ids,
+                         std::span<float> logits) {
+  for (const auto& [token, bias] : request.params.logit_bias) {
+    logits[static_cast<std::size_t>(token)] += static_cast<float>(bias);
+  }
+  if (request.num_output_tokens() >= static_cast<std::size_t>(request.params.min_tokens)) return;
+  for (const std::int32_t token : request.params.stop_token_ids) {
+    logits[static_cast<std::size_t>(token)] = kMinusInfinity;
+  }
+  if (request.params.ignore_eos) return;
+  for (const std::int32_t token : eos_token_ids) {
+    logits[static_cast<std::size_t>(token)] = kMinusInfinity;
+  }
+}
+
+void apply_penalties(const Request& request, std::span<float> logits) {
+  const SamplingParams& params = request.params;
+  if (params.repetition_penalty != 1.0) {
+    const auto penalty = static_cast<float>(params.repetition_penalty);
+    std::vector<bool> seen(logits.size());
+    for (const std::int32_t token : request.tokens) {
+      const auto index = static_cast<std::size_t>(token);
+      if (seen[index]) continue;
+      seen[index] = true;
+      logits[index] = logits[index] > 0 ? logits[index] / penalty : logits[index] * penalty;
+    }
+  }
+  for (const auto& [token, count] : request.output_counts) {
+    logits[static_cast<std::size_t>(token)] -= static_cast<float>(
+        params.frequency_penalty * count + params.presence_penalty * (count > 0 ? 1.0 : 0.0));
+  }
+}
+
+// The ids that min_p, top_k and top_p leave, given logits that are already divided by the temperature.
+// Each filter sees the distribution that the one before it left, scaled to sum to one.
+std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
+  std::vector<std::int32_t> kept;
+  const float maximum = *std::max_element(logits.begin(), logits.end());
+  // p >= min_p * p_max is a bound on the distance of two logits, without any softmax.
+  const float lowest = params.min_p > 0 ? maximum + static_cast<float>(std::log(params.min_p))
+                                        : std::numeric_limits<float>::lowest();
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
+  }
+  const auto before = [&](std::int32_t a, std::int32_t b) {
+    const float x = logits[static_cast<std::size_t>(a)], y = logits[static_cast<std::size_t>(b)];
+    return x > y || (x == y && a < b);
+  };
+  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < kept.size()) {
+    std::nth_element(kept.begin(), kept.begin() + params.top_k - 1, kept.end(), before);
+    kept.resize(static_cast<std::size_t>(params.top_k));
+  }
+  if (params.top_p < 1.0) {
+    const auto weight = [&](std::int32_t id) {
+      return std::exp(static_cast<double>(logits[static_cast<std::size_t>(id)]) - maximum);
+    };
+    double total = 0;
+    for (const std::int32_t id : kept) total += weight(id);
+    // The nucleus is usually small: sort only as far as it reaches, doubling the sorted part.
+    std::size_t sorted = 0;
+    double mass = 0;
+    for (std::size_t next = 64; sorted < kept.size(); next *= 2) {
+      const std::size_t end = std::min(next, kept.size());
+      std::partial_sort(kept.begin() + static_cast<std::ptrdiff_t>(sorted),
+                        kept.begin() + static_cast<std::ptrdiff_t>(end), kept.end(), before);
+      for (; sorted < end; ++sorted) {
+        mass += weight(kept[sorted]);
+        if (mass >= params.top_p * total) {
+          kept.resize(sorted + 1);
+          return kept;
+        }
+      }
+    }
+  }
+  return kept;
+}
+
+std::int32_t draw(const Request& request, std::span<const std::int32_t> kept,
+                  std::span<const float> logits) {
+  const auto position = static_cast<std::uint32_t>(request.tokens.size());
+  // The largest noise that 32 random bits can give: whoever lies further below the best cannot win.
+  static const double kMaxNoise = -std::log(-std::log1p(-std::ldexp(0.5, -32)));
+  double best = -std::numeric_limits<double>::infinity();
+  std::int32_t winner = kept.front();
+  for (const std::int32_t token : kept) {
+    const double logit = logits[static_cast<std::size_t>(token)];
+    if (logit + kMaxNoise < best) continue;
+    const double value =
+        logit + gumbel_noise(request.seed, 0, position, static_cast<std::uint32_t>(token));
+    if (value > best || (value == best && token < winner)) {
+      best = value;
+      winner = token;
+    }
+  }
+  return winner;
+}
+
+}  // namespace
+
+double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
+                    std::uint32_t token) {
+  const std::uint32_t bits =
+      philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
+             {token, position, sample_index, 0})[0];
+  const double uniform = std::ldexp(static_cast<double>(bits) + 0.5, -32);  // never 0, never 1
+  return -std::log(-std::log(uniform));
+}
+
+TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, std::int32_t k) {
+  const double maximum = *std::max_element(logits.begin(), logits.end());
+  double total = 0;
+  for (const float logit : logits) total += std::exp(logit - maximum);
+  const double log_total = maximum + std::log(total);
+  const auto logprob = [&](std::int32_t id) {
+    return static_cast<float>(logits[static_cast<std::size_t>(id)] - log_total);
+  };
+
+  TokenLogprobs result;
+  const float taken = logits[static_cast<std::size_t>(chosen)];
+  result.chosen = logprob(chosen);
+  result.chosen_rank =
+      1 + static_cast<std::int32_t>(std::count_if(logits.begin(), logits.end(),
+                                                  [&](float logit) { return logit > taken; }));
+  std::vector<std::int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  const auto end = ids.begin() + std::min<std::ptrdiff_t>(k, std::ssize(ids));
+  std::partial_sort(ids.begin(), end, ids.end(), [&](std::int32_t a, std::int32_t b) {
+    const float x = logits[static_cast<std::size_t>(a)], y = logits[static_cast<std::size_t>(b)];
+    return x > y || (x == y && a < b);
+  });
+  for (auto id = ids.begin(); id != end; ++id) {
+    result.top_ids.push_back(*id);
+    result.top_logprobs.push_back(logprob(*id));
+  }
+  return result;
+}
+
+Sample Sampler::sample(const Request& request, std::span<float> logits) const {
+  const SamplingParams& params = request.params;
+  if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
+    throw Error("Request " + std::to_string(request.id) + ": a logit at position " +
+                std::to_string(request.tokens.size() - 1) +
+                " is not a finite number. The weights are damaged, or too large for their dtype; "
+                "try dtype float32.");
+  }
+  // The raw logits are needed again after the token is known, to report them.
+  const std::vector<float> raw(params.logprobs ? std::vector<float>(logits.begin(), logits.end())
+                                               : std::vector<float>());
+  apply_bias_and_mask(request, eos_token_ids_, logits);
+  if (params.has_penalties()) apply_penalties(request, logits);
+
+  Sample sample;
+  sample.token = argmax(logits);
+  if (logits[static_cast<std::size_t>(sample.token)] == kMinusInfinity) {
+    throw Error("Request " + std::to_string(request.id) + ": min_tokens is " +
+                std::to_string(params.min_tokens) + " and the " +
+                std::to_string(params.stop_token_ids.size()) +
+                " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
+  }
+  if (!params.greedy()) {
+    const auto inverse_temperature = static_cast<float>(1.0 / params.temperature);
+    for (float& logit : logits) logit *= inverse_temperature;
+    sample.token = draw(request, kept_tokens(params, logits), logits);
+  }
+  if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
+  return sample;
+}
+
+}  // namespace tinyvllm

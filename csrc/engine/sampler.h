@@ -1,0 +1,55 @@
+// From a row of logits to a token.
+//
+// The order is fixed (DESIGN 3): logit_bias and the min_tokens mask; repetition, then frequency and
+// presence penalty; temperature; min_p; top_k; top_p. Ties go to the lowest id, everywhere.
+//
+// A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max trick:
+// it follows the softmax exactly). The noise of a token comes from Philox, keyed by the request's
+// seed and counted by (token id, position, sample index), so that neither the order of the tokens nor the
+// batch can change it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "engine/request.h"
+
+namespace tinyvllm {
+
+// Log-probabilities under the softmax of the raw logits, before penalties and temperature.
+struct TokenLogprobs {
+  float chosen = 0;            // of the token that was taken
+  std::int32_t chosen_rank = 0;  // 1: the most likely
+  std::vector<std::int32_t> top_ids;  // the best k, by falling logprob, then by rising id
+  std::vector<float> top_logprobs;
+};
+
+struct Sample {
+  std::int32_t token = 0;
+  std::optional<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
+};
+
+class Sampler {
+ public:
+  // eos_token_ids: what min_tokens keeps from being chosen, besides the request's stop_token_ids.
+  explicit Sampler(std::vector<std::int32_t> eos_token_ids)
+      : eos_token_ids_(std::move(eos_token_ids)) {}
+
+  // The request's next token. `logits` [vocab] is overwritten. Throws Error where a logit is not
+  // finite, and where the masks leave no token.
+  Sample sample(const Request& request, std::span<float> logits) const;
+
+ private:
+  std::vector<std::int32_t> eos_token_ids_;
+};
+
+// The log-softmax values that `logprobs` = k asks for.
+TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, std::int32_t k);
+
+// The Gumbel noise of one token at one position.
+double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
+                    std::uint32_t token);
+
+}  // namespace tinyvllm

@@ -1,0 +1,29 @@
+// One table of kernels. CMakeLists.txt compiles this file once for each instruction set, with
+// TINYVLLM_ISA set to its name.
+#include "ops/cpu/kernels.h"
+
+#include "ops/cpu/attention_kernel.h"
+#include "ops/cpu/matmul_kernel.h"
+#include "ops/cpu/row_kernels.h"
+
+#define TINYVLLM_STRING(text) #text
+#define TINYVLLM_NAME(isa) TINYVLLM_STRING(isa)
+
+namespace tinyvllm::TINYVLLM_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    .isa = TINYVLLM_NAME(TINYVLLM_ISA),
+    .matmul_bf16_bf16 = &matmul<BFloat16, BFloat16>,
+    .matmul_f32_bf16 = &matmul<float, BFloat16>,
+    .matmul_f32_f32 = &matmul<float, float>,
+    .attention_bf16 = &attention<BFloat16>,
+    .attention_f32 = &attention<float>,
+    .rms_norm = &rms_norm,
+    .add = &add,
+    .silu_mul = &silu_mul,
+    .to_bfloat16 = &convert_to_bfloat16,
+    .to_float = &convert_to_float,
+};
+
+}  // namespace tinyvllm::TINYVLLM_ISA

@@ -1,0 +1,61 @@
+#include "ops/cpu_context.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/errors.h"
+#include "base/host.h"
+
+namespace tinyvllm {
+
+namespace portable {
+extern const Kernels kKernels;
+}
+#ifdef TINYVLLM_HAS_AVX512BF16
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
+#endif
+
+const Kernels& kernels_for(const char* isa) {
+  static constexpr const Kernels* kTables[] = {
+#ifdef TINYVLLM_HAS_AVX512BF16
+      &avx512bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
+#endif
+      &portable::kKernels};
+  const std::vector<std::string> supported = supported_isas();
+  if (std::find(supported.begin(), supported.end(), isa) != supported.end()) {
+    for (const Kernels* table : kTables) {
+      if (std::strcmp(table->isa, isa) == 0) return *table;
+    }
+  }
+  std::string known;
+  for (const std::string& name : supported) known += (known.empty() ? "" : ", ") + name;
+  throw InvalidRequestError("CPU kernels \"" + std::string(isa) +
+                            "\" do not run here; this machine has: " + known +
+                            ". Set TINYVLLM_CPU_ISA to one of these, or unset it.");
+}
+
+namespace {
+
+const Kernels& choose_kernels(const std::string& isa) {
+  if (!isa.empty()) return kernels_for(isa.c_str());
+  const char* forced = std::getenv("TINYVLLM_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') return kernels_for(forced);
+  return kernels_for(supported_isas().front().c_str());
+}
+
+}  // namespace
+
+CpuContext::CpuContext(int num_threads, const std::string& isa)
+    : kernels_(&choose_kernels(isa)),
+      pool_(num_threads == 0 ? default_num_threads() : num_threads) {}
+
+}  // namespace tinyvllm

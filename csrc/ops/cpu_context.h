@@ -1,0 +1,31 @@
+// What every op on the CPU gets first: the threads to use and the kernels of this CPU.
+#pragma once
+
+#include <string>
+
+#include "base/thread_pool.h"
+#include "ops/cpu/kernels.h"
+
+namespace tinyvllm {
+
+class CpuContext {
+ public:
+  // num_threads 0: default_num_threads(). isa "": the environment variable TINYVLLM_CPU_ISA, and
+  // without it the best that this CPU has. Throws InvalidRequestError for what it lacks.
+  explicit CpuContext(int num_threads = 0, const std::string& isa = "");
+
+  int num_threads() const { return pool_.num_threads(); }
+  const Kernels& kernels() const { return *kernels_; }
+
+  // See ThreadPool::parallel_for.
+  template <typename F>
+  void parallel_for(std::int64_t count, F&& f) const {
+    pool_.parallel_for(count, f);
+  }
+
+ private:
+  const Kernels* kernels_;
+  mutable ThreadPool pool_;  // an op does not change what it computes by running on the pool
+};
+
+}  // namespace tinyvllm

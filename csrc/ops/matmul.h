@@ -1,0 +1,38 @@
+// y = x W^T + b:  out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]
+//
+//   x       [num_rows, depth]    float32 or bfloat16
+//   weight  [outputs, depth]     up to three row blocks stacked along the outputs, because q, k, v (and
+//                                gate, up) are separate tensors on disk; one dtype
+//   bias    [outputs]            float32, a part of each row block, or absent
+//   out     [num_rows, outputs]  float32; may not alias x
+//
+// Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32 x
+// float32. Products are added in float32, for one output always in the same order (DESIGN 4.2).
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "base/tensor.h"
+#include "ops/cpu_context.h"
+
+namespace tinyvllm {
+
+struct RowBlock {
+  const void* data = nullptr;  // [rows, depth], contiguous
+  std::int64_t rows = 0;
+  const float* bias = nullptr;  // [rows], or null
+};
+
+struct Weight {
+  std::array<RowBlock, 3> blocks{};  // those behind the last used one have no rows
+  std::int64_t depth = 0;
+  DType dtype = DType::kBFloat16;
+
+  std::int64_t outputs() const { return blocks[0].rows + blocks[1].rows + blocks[2].rows; }
+};
+
+// Throws Error if the dtypes are none of the pairs above or the shapes do not fit.
+void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
+
+}  // namespace tinyvllm

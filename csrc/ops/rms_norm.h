@@ -1,0 +1,25 @@
+// RMSNorm (Zhang & Sennrich 2019):  out[t, i] = x[t, i] / sqrt(mean_i(x[t, i]^2) + eps) * weight[i]
+//
+//   x       [num_tokens, hidden]  float32, the residual stream
+//   weight  [hidden]              float32
+//   out     [num_tokens, hidden]  float32 or bfloat16, what the next matmul reads; may not alias x
+//
+// The sum over i runs in one fixed order whatever num_tokens is (DESIGN 4.2).
+#pragma once
+
+#include "base/tensor.h"
+#include "ops/cpu_context.h"
+
+namespace tinyvllm {
+
+void rms_norm(const CpuContext& ctx, TensorView x, const float* weight, float eps,
+              MutTensorView out);
+
+// The same, after residual[t, i] += x[t, i].
+//
+//   residual  [num_tokens, hidden]  float32, updated in place
+//   x         [num_tokens, hidden]  float32, what the previous matmul wrote
+void add_rms_norm(const CpuContext& ctx, MutTensorView residual, TensorView x, const float* weight,
+                  float eps, MutTensorView out);
+
+}  // namespace tinyvllm

@@ -1,0 +1,21 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The oracle. Where it is not installed its tests are skipped, and fail if it is required."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        if os.environ.get("TINYVLLM_REQUIRE_ORACLE") == "1":
+            pytest.fail(f"TINYVLLM_REQUIRE_ORACLE=1, but Transformers cannot be imported: {error}")
+        pytest.skip("needs Transformers (pip install -r requirements-oracle.txt)")
