@@ -19,3 +19,11 @@ def transformers() -> ModuleType:
         if os.environ.get("TINYVLLM_REQUIRE_ORACLE") == "1":
             pytest.fail(f"TINYVLLM_REQUIRE_ORACLE=1, but Transformers cannot be imported: {error}")
         pytest.skip("needs Transformers (pip install -r requirements-oracle.txt)")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the worst figures that the oracle tests have measured."""
+    import oracle
+
+    for line in oracle.summary_lines():
+        terminalreporter.line(line)

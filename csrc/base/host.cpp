@@ -51,6 +51,17 @@ std::vector<fs::path> cgroup_directories(const std::string& controller) {
   return directories;
 }
 
+// Bytes of a cgroup's usage that are cached file pages. The kernel takes them back before it refuses
+// memory, and a container that has just downloaded a model is full of them.
+std::int64_t cached_file_bytes(const fs::path& stat_file, const std::string& prefix) {
+  std::ifstream file(stat_file);
+  std::int64_t total = 0, bytes = 0;
+  for (std::string key; file >> key >> bytes;) {
+    if (key == prefix + "inactive_file" || key == prefix + "active_file") total += bytes;
+  }
+  return total;
+}
+
 double cpu_quota() {
   double quota = std::numeric_limits<double>::infinity();
   for (const fs::path& directory : cgroup_directories("")) {
@@ -118,15 +129,20 @@ std::int64_t available_memory() {
     std::getline(meminfo, unit);
     if (key == "MemAvailable:") available = kilobytes * 1024;
   }
-  const auto cap = [&](const fs::path& limit_file, const fs::path& usage_file) {
-    const auto limit = read_integer(limit_file), usage = read_integer(usage_file);
-    if (limit && usage) available = std::min(available, std::max<std::int64_t>(0, *limit - *usage));
+  const auto cap = [&](const fs::path& directory, const char* limit_file, const char* usage_file,
+                       const char* stat_prefix) {
+    const auto limit = read_integer(directory / limit_file);
+    const auto usage = read_integer(directory / usage_file);
+    if (!limit || !usage) return;
+    const std::int64_t needed =
+        std::max<std::int64_t>(0, *usage - cached_file_bytes(directory / "memory.stat", stat_prefix));
+    available = std::min(available, std::max<std::int64_t>(0, *limit - needed));
   };
   for (const fs::path& directory : cgroup_directories("")) {
-    cap(directory / "memory.max", directory / "memory.current");
+    cap(directory, "memory.max", "memory.current", "");
   }
   for (const fs::path& directory : cgroup_directories("memory")) {
-    cap(directory / "memory.limit_in_bytes", directory / "memory.usage_in_bytes");
+    cap(directory, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_");
   }
   return available;
 }

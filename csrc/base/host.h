@@ -15,7 +15,8 @@ std::vector<std::string> supported_isas();
 int default_num_threads();
 
 // Bytes of memory that this process could still allocate: MemAvailable, capped by what is left under
-// the limits of its cgroup (v2, or v1's memory controller) and of every cgroup above it.
+// the limits of its cgroup (v2, or v1's memory controller) and of every cgroup above it. Cached pages
+// of files count as free.
 std::int64_t available_memory();
 
 }  // namespace tinyvllm

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "base/errors.h"
@@ -21,7 +22,7 @@ void pause() {
 
 // Waits until `value` is no longer `old`: spins for about the time between two ops of one forward
 // pass, where waking a sleeper would cost more than the wait, and then sleeps.
-void wait_while_equal(const std::atomic<int>& value, int old) {
+void wait_while_equal(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
   constexpr auto kSpin = std::chrono::microseconds(50);
   const auto deadline = std::chrono::steady_clock::now() + kSpin;
   while (std::chrono::steady_clock::now() < deadline) {
@@ -41,16 +42,30 @@ ThreadPool::ThreadPool(int num_threads) : owner_(getpid()) {
                               "; give a number from 1 to 1024.");
   }
   threads_.reserve(static_cast<std::size_t>(num_threads - 1));
-  for (int worker = 1; worker < num_threads; ++worker) {
-    threads_.emplace_back([this, worker] { worker_loop(worker); });
+  try {
+    for (int worker = 1; worker < num_threads; ++worker) {
+      threads_.emplace_back([this, worker] { worker_loop(worker); });
+    }
+  } catch (const std::system_error& error) {
+    const std::size_t started = threads_.size();
+    stop_and_join();
+    throw CapacityError("num_threads is " + std::to_string(num_threads) + ", but after " +
+                        std::to_string(started + 1) + " the system gives no more: " + error.what() +
+                        ". Lower num_threads.");
   }
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() != owner_) {  // a forked child: there is nobody to join
-    for (std::thread& thread : threads_) thread.detach();
+  if (getpid() != owner_) {
+    // A forked child: there is nobody to join, and even detach() would write to the memory of threads
+    // that are gone, which a new one may have by now. The handles are leaked on purpose.
+    std::make_unique<std::vector<std::thread>>(std::move(threads_)).release();
     return;
   }
+  stop_and_join();
+}
+
+void ThreadPool::stop_and_join() {
   stop_.store(true, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
@@ -66,11 +81,11 @@ void ThreadPool::run(const Job& job) {
   job_ = job;
   next_.store(0, std::memory_order_relaxed);
   if (!threads_.empty() && job.count > 1) {
-    busy_workers_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
+    busy_workers_.store(static_cast<Count>(threads_.size()), std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
     work(0);
-    for (int busy = busy_workers_.load(std::memory_order_acquire); busy != 0;
+    for (Count busy = busy_workers_.load(std::memory_order_acquire); busy != 0;
          busy = busy_workers_.load(std::memory_order_acquire)) {
       wait_while_equal(busy_workers_, busy);
     }
@@ -95,7 +110,7 @@ void ThreadPool::work(int worker) {
 }
 
 void ThreadPool::worker_loop(int worker) {
-  for (int seen = 0;;) {
+  for (Count seen = 0;;) {
     wait_while_equal(epoch_, seen);
     ++seen;  // jobs come one at a time, so the epoch is exactly one further
     if (stop_.load(std::memory_order_relaxed)) return;

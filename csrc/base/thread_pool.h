@@ -19,7 +19,8 @@ namespace tinyvllm {
 
 class ThreadPool {
  public:
-  // num_threads counts the caller: 1 starts no thread. Throws InvalidRequestError outside 1..1024.
+  // num_threads counts the caller: 1 starts no thread. Throws InvalidRequestError outside 1..1024 and
+  // CapacityError where the system gives no more threads.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -42,6 +43,8 @@ class ThreadPool {
   }
 
  private:
+  using Count = std::uint32_t;  // may wrap around: after 2^32 jobs epoch_ begins anew
+
   struct Job {
     void (*call)(const void* callable, std::int64_t index, int worker);
     const void* callable;
@@ -51,12 +54,13 @@ class ThreadPool {
   void run(const Job& job);
   void work(int worker);
   void worker_loop(int worker);
+  void stop_and_join();
 
   const pid_t owner_;
   std::vector<std::thread> threads_;
   Job job_{};
-  std::atomic<int> epoch_{0};        // one more with every job; odd or even means nothing
-  std::atomic<int> busy_workers_{0};  // threads that have not finished the current job
+  std::atomic<Count> epoch_{0};         // one more with every job
+  std::atomic<Count> busy_workers_{0};  // threads that have not finished the current job
   std::atomic<std::int64_t> next_{0};
   std::atomic<bool> stop_{false};
   std::mutex error_mutex_;

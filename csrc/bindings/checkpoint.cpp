@@ -90,7 +90,13 @@ void widen(const std::byte* from, float* to, std::size_t count) {
 
 py::array_t<float> read(const Checkpoint& checkpoint, const std::string& name) {
   const CheckpointTensor tensor = checkpoint.tensor(name, checkpoint.info(name).shape);
-  py::array_t<float> out(std::vector<py::ssize_t>(tensor.shape.begin(), tensor.shape.end()));
+  const std::vector<py::ssize_t> shape(tensor.shape.begin(), tensor.shape.end());
+  if (tensor.num_bytes == 0) {
+    // NumPy would allocate memory for the other dimensions, and nothing bounds them.
+    static float nothing;
+    return py::array_t<float>(shape, &nothing, py::capsule(&nothing, [](void*) {}));
+  }
+  py::array_t<float> out(shape);
   float* to = out.mutable_data();
   const std::size_t count = tensor.num_bytes / size_of(tensor.dtype);
   {

@@ -12,7 +12,7 @@
 #include "base/errors.h"
 #include "base/host.h"
 #include "bindings/bindings.h"
-#include "model/rope_frequencies.h"
+#include "engine/philox.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -339,6 +339,13 @@ void bind_parts(py::module_& module) {
         request.tokens.insert(request.tokens.end(), output.begin(), output.end());
         for (const std::int32_t token : output) ++request.output_counts[token];
         params.validate_for(static_cast<std::int64_t>(logits.size()));
+        for (const auto* ids : {&request.tokens, &eos_token_ids}) {
+          for (const std::int32_t token : *ids) {
+            if (token < 0 || static_cast<std::size_t>(token) >= logits.size()) {
+              throw InvalidRequestError("sample: a token id is outside the logits.");
+            }
+          }
+        }
         std::vector<float> row = logits;
         const Sample sample = Sampler(std::move(eos_token_ids)).sample(request, row);
         return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
@@ -347,6 +354,7 @@ void bind_parts(py::module_& module) {
       "eos_token_ids"_a = std::vector<std::int32_t>(),
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
+  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
 }
 
 }  // namespace

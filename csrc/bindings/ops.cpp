@@ -5,7 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -45,9 +45,16 @@ MutTensorView view(const py::array& array) {
   const auto width = static_cast<py::ssize_t>(size_of(dtype));
   const bool matrix = array.ndim() == 2;
   const std::int64_t rows = matrix ? array.shape(0) : 1, cols = array.shape(array.ndim() - 1);
-  if (cols > 1 && array.strides(array.ndim() - 1) != width) refuse("the rows are not contiguous");
+  const bool contiguous = cols <= 1 || array.strides(array.ndim() - 1) == width;
+  if (!contiguous && array.size() > 0) refuse("the rows are not contiguous");
   const std::int64_t stride = matrix ? array.strides(0) / width : cols;
   return {const_cast<void*>(array.data()), dtype, rows, cols, stride};
+}
+
+// The same of an array that an op reads as float32 only.
+MutTensorView float_view(const py::array& array) {
+  if (dtype_of(array) != DType::kFloat32) refuse("an array that must be float32 is uint16");
+  return view(array);
 }
 
 py::array make(DType dtype, std::int64_t rows, std::int64_t cols) {
@@ -88,7 +95,7 @@ py::array bind_gather_rows(const CpuContext& ctx, const Ints& rows, const py::ar
 
 py::array bind_rms_norm(const CpuContext& ctx, const py::array& x, const Floats& weight, float eps,
                         const std::string& dtype) {
-  const MutTensorView source = view(x);
+  const MutTensorView source = float_view(x);
   if (weight.size() != source.cols) refuse("weight is not as long as a row of x");
   py::array out = make(named(dtype), source.rows, source.cols);
   rms_norm(ctx, source, weight.data(), eps, view(out));
@@ -96,13 +103,16 @@ py::array bind_rms_norm(const CpuContext& ctx, const py::array& x, const Floats&
 }
 
 // Returns (new residual, normalized).
-py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const Floats& x,
+py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const py::array& x,
                             const Floats& weight, float eps, const std::string& dtype) {
   const Floats sum(py::array(residual).attr("copy")());
   const MutTensorView target = view(sum);
-  if (weight.size() != target.cols || x.size() != residual.size()) refuse("shapes do not fit");
+  const MutTensorView source = float_view(x);
+  if (weight.size() != target.cols || source.rows != target.rows || source.cols != target.cols) {
+    refuse("shapes do not fit");
+  }
   py::array out = make(named(dtype), target.rows, target.cols);
-  add_rms_norm(ctx, target, view(x), weight.data(), eps, view(out));
+  add_rms_norm(ctx, target, source, weight.data(), eps, view(out));
   return py::make_tuple(sum, out);
 }
 
@@ -127,7 +137,7 @@ py::array bind_matmul(const CpuContext& ctx, const py::array& x, const std::vect
 }
 
 py::array bind_silu_mul(const CpuContext& ctx, const py::array& gate_up, const std::string& dtype) {
-  const MutTensorView source = view(gate_up);
+  const MutTensorView source = float_view(gate_up);
   if (source.cols % 2 != 0) refuse("gate_up has an odd number of columns");
   py::array out = make(named(dtype), source.rows, source.cols / 2);
   silu_mul(ctx, source, view(out));
@@ -147,6 +157,9 @@ KvLayer kv_layer(py::array& keys, py::array& values) {
   if (keys.ndim() != 4 || values.ndim() != 4 || (keys.flags() & py::array::c_style) == 0) {
     refuse("keys and values are contiguous arrays [num_blocks, num_kv_heads, block_size, head_dim]");
   }
+  const bool alike = std::equal(keys.shape(), keys.shape() + 4, values.shape()) &&
+                     dtype_of(keys) == dtype_of(values) && (values.flags() & py::array::c_style) != 0;
+  if (!alike || keys.size() == 0) refuse("keys and values differ in shape or dtype, or are empty");
   return {keys.mutable_data(), values.mutable_data(),
           KvShape{.num_layers = 1,
                   .num_blocks = keys.shape(0),
@@ -165,12 +178,19 @@ py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv, 
   py::array result = py::array(qkv).attr("copy")();
   const KvLayer cache = kv_layer(keys, values);
   const std::int64_t width = (num_heads + 2 * cache.shape.num_kv_heads) * cache.shape.head_dim;
-  if (view(result).cols != width || slots.size() != view(result).rows) refuse("shapes do not fit");
+  const MutTensorView angles = view(cos_sin);
+  if (view(result).cols != width || slots.size() != view(result).rows ||
+      angles.rows != slots.size() || angles.cols != cache.shape.head_dim || angles.cols % 2 != 0) {
+    refuse("shapes do not fit");
+  }
+  for (const auto& norm : {q_norm, k_norm}) {
+    if (norm && norm->size() != cache.shape.head_dim) refuse("a norm is not as long as a head");
+  }
   for (const std::int64_t slot : span_of(slots)) {
     if (slot < 0 || slot >= cache.shape.num_blocks * cache.shape.block_size) refuse("a slot is outside");
   }
   qk_norm_rope_and_cache(ctx, view(result), num_heads, optional_data(q_norm), optional_data(k_norm),
-                         eps, view(cos_sin), span_of(slots), cache);
+                         eps, angles, span_of(slots), cache);
   return result;
 }
 
@@ -180,10 +200,16 @@ py::array bind_paged_attention(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
     std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype) {
   const KvLayer cache = kv_layer(keys, values);
+  const MutTensorView queries = float_view(q);
+  if (num_heads < 1 || num_heads % cache.shape.num_kv_heads != 0 ||
+      queries.cols != num_heads * cache.shape.head_dim) {
+    refuse("q is not [tokens, num_heads * head_dim] with num_heads a multiple of num_kv_heads");
+  }
   std::vector<BatchSequence> batch;
   std::int64_t first_token = 0;
   for (const auto& [first_position, num_tokens, table] : sequences) {
     const std::int64_t covered = static_cast<std::int64_t>(table.size()) * cache.shape.block_size;
+    if (first_position < 0 || num_tokens < 0) refuse("a position is negative");
     if (first_position + num_tokens > covered) refuse("a block table is too short");
     for (const std::int32_t block : table) {
       if (block < 0 || block >= cache.shape.num_blocks) refuse("a block is outside the pool");
@@ -191,9 +217,9 @@ py::array bind_paged_attention(
     batch.push_back({first_token, num_tokens, first_position, table.data()});
     first_token += num_tokens;
   }
-  if (first_token != view(q).rows) refuse("the sequences do not cover the rows of q");
-  py::array out = make(named(dtype), view(q).rows, num_heads * cache.shape.head_dim);
-  paged_attention(ctx, view(q), cache, batch, num_heads, window, scale, view(out));
+  if (first_token != queries.rows) refuse("the sequences do not cover the rows of q");
+  py::array out = make(named(dtype), queries.rows, num_heads * cache.shape.head_dim);
+  paged_attention(ctx, queries, cache, batch, num_heads, window, scale, view(out));
   return out;
 }
 

@@ -33,17 +33,20 @@ std::optional<std::uint64_t> bits_of(std::string_view dtype) {
   return std::nullopt;
 }
 
-// The one place that turns a shape into a size. Nothing if the product does not fit 64 bits.
+// The one place that turns a shape into a size. Nothing if it does not fit 64 bits, zeros left out:
+// whoever multiplies the shape [0, 2^62, 2^62] in another order must not overflow either.
 std::optional<std::uint64_t> bits_of_tensor(std::span<const std::int64_t> shape,
                                             std::uint64_t bits) {
-  std::uint64_t product = 1;
+  std::uint64_t product = bits;
+  bool empty = false;
   for (const std::int64_t dimension : shape) {
-    if (__builtin_mul_overflow(product, static_cast<std::uint64_t>(dimension), &product)) {
+    if (dimension == 0) {
+      empty = true;
+    } else if (__builtin_mul_overflow(product, static_cast<std::uint64_t>(dimension), &product)) {
       return std::nullopt;
     }
   }
-  if (__builtin_mul_overflow(product, bits, &product)) return std::nullopt;
-  return product;
+  return empty ? 0 : product;
 }
 
 struct Entry {  // one tensor of the header, its offsets not yet compared with its neighbours'
@@ -104,8 +107,9 @@ Entry parse_entry(const std::string& where, const std::string& name, const Json&
   const std::string says = "says " + shape_text(entry.info.shape) + " " + entry.info.dtype;
   const std::optional<std::uint64_t> total_bits = bits_of_tensor(entry.info.shape, *bits);
   if (!total_bits) fail(says + ", whose size does not fit 64 bits");
-  if (*total_bits % 8 != 0)
+  if (*total_bits % 8 != 0) {
     fail(says + " = " + std::to_string(*total_bits) + " bits, not whole bytes");
+  }
   if (*total_bits / 8 != entry.end - entry.begin) {
     fail(says + " = " + std::to_string(*total_bits / 8) + " bytes, its data_offsets span " +
          std::to_string(entry.end - entry.begin));

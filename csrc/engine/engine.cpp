@@ -23,6 +23,7 @@ void require(bool holds, const char* field, std::int64_t value, const std::strin
                             range + ".");
 }
 
+// The config, if its numbers are in range.
 EngineConfig checked(const EngineConfig& config) {
   require(config.block_size >= 1 && config.block_size <= 4096, "block_size", config.block_size,
           "from 1 to 4096 tokens");
@@ -79,6 +80,12 @@ std::uint64_t derived_seed(std::uint64_t engine_seed, std::uint64_t arrival) {
   return (std::uint64_t{words[1]} << 32) | words[0];
 }
 
+// Files name end tokens that the model does not have; it can never choose them.
+std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
+  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
+  return tokens;
+}
+
 bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -107,11 +114,8 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
       kv_cache_(model_.kv_shape(num_blocks_, config.block_size)),
       pool_(num_blocks_),
       scheduler_(pool_, config.block_size, config.max_num_batched_tokens),
-      sampler_(config.eos_token_ids) {
-  for (const std::int32_t token : config.eos_token_ids) {
-    require(token >= 0 && token < model_.config().vocab_size, "an EOS token id", token,
-            "from 0 to " + std::to_string(model_.config().vocab_size - 1) + ", the vocabulary");
-  }
+      eos_token_ids_(within_vocabulary(config.eos_token_ids, model_.config().vocab_size)),
+      sampler_(eos_token_ids_) {
   checkpoint_.check_files();
 }
 
@@ -120,8 +124,8 @@ std::int64_t Engine::choose_num_blocks(const KvShape& one_block) const {
   const std::int64_t bytes_per_block = one_block.bytes_per_block();
   const std::int64_t available = available_memory();
   const std::int64_t budget = config_.kv_cache_memory_bytes.value_or(available / 5 * 2);
-  const std::int64_t longest =
-      config_.max_model_len.value_or(checkpoint_.config().max_position_embeddings);
+  const std::int64_t own = checkpoint_.config().max_position_embeddings;
+  const std::int64_t longest = std::min(own, config_.max_model_len.value_or(own));
   const std::int64_t blocks_a_sequence = (longest + config_.block_size - 1) / config_.block_size;
   const std::int64_t affordable = std::min<std::int64_t>(budget / bytes_per_block, INT32_MAX);
   if (affordable < 1) {
@@ -151,14 +155,18 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
   }
   const auto num_prompt_tokens = static_cast<std::int64_t>(prompt.size());
   if (num_prompt_tokens >= max_model_len_) {
-    throw InvalidRequestError("The prompt has " + std::to_string(num_prompt_tokens) +
-                              " tokens and max_model_len is " + std::to_string(max_model_len_) +
-                              "; prompt and output share it. Shorten the prompt to at most " +
-                              std::to_string(max_model_len_ - 1) + " tokens, or raise max_model_len.");
+    throw InvalidRequestError(
+        "The prompt has " + std::to_string(num_prompt_tokens) + " tokens and max_model_len is " +
+        std::to_string(max_model_len_) + "; prompt and output share it. Shorten the prompt to at most " +
+        std::to_string(max_model_len_ - 1) + " tokens" +
+        (max_model_len_ < model_.config().max_position_embeddings ? ", or raise max_model_len."
+                                                                  : "."));
   }
 
   const std::lock_guard lock(mutex_);
-  if (scheduler_.contains(id)) {
+  const bool unreported = std::any_of(ended_.begin(), ended_.end(),
+                                      [id](const auto& ended) { return ended.first == id; });
+  if (scheduler_.contains(id) || unreported) {
     throw InvalidRequestError("Request id " + std::to_string(id) + " is in use. Choose another.");
   }
   auto request = std::make_unique<Request>();
@@ -233,13 +241,13 @@ void Engine::run(const std::vector<ScheduledRequest>& scheduled, StepOutput& out
                                                .sequences = sequences,
                                                .logit_rows = logit_rows},
                                               kv_cache_);
+  // Zeros were read in place of a page that is gone: nothing of this step may leave.
+  if (checkpoint_.any_file_failed()) checkpoint_.check_files();
   std::vector<Sample> samples;
   for (std::size_t i = 0; i < sampled.size(); ++i) {
     samples.push_back(sampler_.sample(*sampled[i], {logits.row<float>(static_cast<std::int64_t>(i)),
                                                     static_cast<std::size_t>(logits.cols)}));
   }
-  // Zeros were read in place of a page that is gone: nothing of this step may leave.
-  if (checkpoint_.any_file_failed()) checkpoint_.check_files();
 
   for (const auto& [request, num_tokens] : scheduled) {
     const auto prompt_left = static_cast<std::int64_t>(request->num_prompt_tokens) -
@@ -257,7 +265,7 @@ void Engine::run(const std::vector<ScheduledRequest>& scheduled, StepOutput& out
 FinishReason Engine::accept(Request& request, std::int32_t token) const {
   request.tokens.push_back(token);
   if (request.params.has_penalties()) ++request.output_counts[token];
-  const bool is_eos = !request.params.ignore_eos && contains(config_.eos_token_ids, token);
+  const bool is_eos = !request.params.ignore_eos && contains(eos_token_ids_, token);
   if (is_eos || contains(request.params.stop_token_ids, token)) return FinishReason::kStop;
   const auto length = static_cast<std::int64_t>(request.tokens.size());
   return length >= request.max_total_tokens ? FinishReason::kLength : FinishReason::kNone;

@@ -37,7 +37,7 @@ struct EngineConfig {
   std::optional<std::int64_t> kv_cache_memory_bytes;
   int num_threads = 0;  // 0: one a physical core
   std::uint64_t seed = 0;
-  std::vector<std::int32_t> eos_token_ids;
+  std::vector<std::int32_t> eos_token_ids;  // those outside the vocabulary are ignored
 };
 
 // What one step produced, as parallel arrays with an entry an event. An event is a new token, the end of
@@ -102,6 +102,7 @@ class Engine {
   KvCache kv_cache_;
   BlockPool pool_;
   Scheduler scheduler_;
+  const std::vector<std::int32_t> eos_token_ids_;
   const Sampler sampler_;
 
   mutable std::mutex mutex_;  // add_request and finish may come from other threads than step's

@@ -1,7 +1,7 @@
 #include "engine/sampling_params.h"
 
+#include <charconv>
 #include <cmath>
-#include <sstream>
 #include <string>
 
 #include "base/errors.h"
@@ -12,9 +12,10 @@ namespace {
 template <typename T>
 void require(bool holds, const char* field, T value, const char* range) {
   if (holds) return;
-  std::ostringstream message;
-  message << field << " is " << value << "; it must be " << range << ".";
-  throw InvalidRequestError(message.str());
+  char text[32];  // the shortest digits that give back this very value
+  const std::to_chars_result end = std::to_chars(text, text + sizeof(text), value);
+  throw InvalidRequestError(std::string(field) + " is " + std::string(text, end.ptr) +
+                            "; it must be " + range + ".");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "model/transformer.h"
 
 #include <cmath>
+#include <new>
 #include <string>
 
 #include "base/errors.h"
@@ -13,10 +14,17 @@
 
 namespace tinyvllm {
 
-Transformer::Buffer::Buffer(DType dtype, std::int64_t rows, std::int64_t cols)
-    : memory(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(rows * cols) *
-                                                         size_of(dtype))),
-      view{memory.get(), dtype, rows, cols, cols} {}
+Transformer::Buffer::Buffer(DType dtype, std::int64_t rows, std::int64_t cols) {
+  const std::size_t bytes = static_cast<std::size_t>(rows * cols) * size_of(dtype);
+  try {
+    memory = std::make_unique_for_overwrite<std::byte[]>(bytes);
+  } catch (const std::bad_alloc&) {
+    throw CapacityError("Cannot reserve " + std::to_string(bytes) + " bytes for activations [" +
+                        std::to_string(rows) + ", " + std::to_string(cols) +
+                        "]. Lower max_num_batched_tokens and max_num_seqs.");
+  }
+  view = {memory.get(), dtype, rows, cols, cols};
+}
 
 Transformer::Transformer(const CpuContext& ctx, const Checkpoint& checkpoint, DType compute,
                          std::int64_t max_tokens, std::int64_t max_logit_rows)

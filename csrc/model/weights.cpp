@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <string>
+
+#include "base/errors.h"
 
 namespace tinyvllm {
 namespace {
@@ -66,7 +69,14 @@ class Loader {
 
   const void* copy(const CheckpointTensor& tensor, std::int64_t size, DType dtype) {
     const std::size_t bytes = static_cast<std::size_t>(size) * size_of(dtype);
-    weights_.copies.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
+    try {
+      weights_.copies.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
+    } catch (const std::bad_alloc&) {
+      throw CapacityError("Cannot allocate " + std::to_string(bytes) +
+                          " bytes to copy a tensor to another dtype, after " +
+                          std::to_string(weights_.copied_bytes) +
+                          " bytes of other copies. Take the dtype of the files.");
+    }
     weights_.copied_bytes += bytes;
     std::byte* target = weights_.copies.back().get();
     constexpr std::int64_t kPiece = 1 << 20;

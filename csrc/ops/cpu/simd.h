@@ -58,8 +58,6 @@ TINYVLLM_INLINE Float multiply_add(Float a, Float b, Float c) {
 #endif
 }
 
-TINYVLLM_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
-
 // The sum of all lanes as a tree of halves: lane i takes lane i + n/2, then i + n/4, ...
 TINYVLLM_INLINE float horizontal_sum(Float v) {
 #if defined(__AVX512F__)
@@ -75,12 +73,6 @@ TINYVLLM_INLINE float horizontal_sum(Float v) {
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
-}
-
-TINYVLLM_INLINE float horizontal_max(Float v) {
-  float best = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = v[lane] > best ? v[lane] : best;
-  return best;
 }
 
 // e^x for x <= about 88, to within 2 units in the last place; 0 below about -87, also for -inf.

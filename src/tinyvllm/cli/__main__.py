@@ -1,0 +1,5 @@
+"""`python -m tinyvllm.cli` is `tinyvllm`."""
+
+from tinyvllm.cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""Kinds of option values that click does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class Count(click.ParamType):
+    """A whole number, also as 2k (2,000), 2K (2,048) or 25.6k."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        unit = _UNITS.get(text[-1:], 1)
+        try:
+            number = int(text) if unit == 1 else float(text[:-1]) * unit
+            if number != int(number) or int(number) < 0:
+                raise ValueError
+        except (ValueError, OverflowError):
+            self.fail(f"{text!r} is not a whole number such as 512, 2k or 2K.", param, ctx)
+        return int(number)
+
+
+class TokenIds(click.ParamType):
+    """Token ids with commas between them."""
+
+    name = "ids"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        try:
+            return [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{str(value)[:60]!r} is not a list of token ids such as 1,2,3.", param, ctx)
+
+
+class TokenBias(click.ParamType):
+    """ID=BIAS."""
+
+    name = "bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        token, _, bias = str(value).partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{str(value)[:60]!r} is not ID=BIAS such as 42=-100.", param, ctx)

@@ -1,0 +1,68 @@
+"""What comes back from generate, chat and stream. Names and meanings are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Logprob:
+    """One token's log-probability under the model's raw distribution."""
+
+    logprob: float
+    rank: int | None = None  # 1: the most likely token
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]  # of one position: the token that was taken, and the best k
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation of one prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None  # only where logprobs were asked for
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # stop, length or abort
+    stop_reason: int | str | None = None  # the stop token id or stop string; None for EOS
+
+    def add(self, delta: RequestDelta) -> None:
+        """Appends what one step has added."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(
+                entries[token].logprob
+                for token, entries in zip(delta.token_ids, delta.logprobs, strict=True)
+            )
+
+
+@dataclass
+class RequestOutput:
+    """One prompt and its continuations."""
+
+    request_id: str
+    prompt: str | None  # None where token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass
+class RequestDelta:
+    """What one step added to one continuation; the last one of each has a finish_reason."""
+
+    prompt_index: int  # which of the prompts given to stream()
+    index: int  # which of its n continuations
+    text: str  # may be empty while a character or a possible stop string is incomplete
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None

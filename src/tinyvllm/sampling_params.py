@@ -1,0 +1,129 @@
+"""SamplingParams: how tokens are chosen and when an output ends. Names and meanings are vLLM's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tinyvllm import _core
+from tinyvllm.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Checked when it is made: a value out of range is an InvalidRequestError (a ValueError).
+
+    The order in which the options act is fixed: logit_bias and the min_tokens mask; repetition,
+    then frequency and presence penalty; temperature; min_p; top_k; top_p.
+    """
+
+    n: int = 1
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    seed: int | None = None  # None: from the engine's seed and the request's arrival number
+    stop: str | Sequence[str] = ()  # strings that end the output; the first to be complete counts
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: up to the engine's max_model_len
+    min_tokens: int = 0
+    logprobs: int | None = None  # the best k of each token, besides the token's own
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                f"prompt_logprobs is {self.prompt_logprobs}; logprobs of prompts are not "
+                "supported. Leave it out."
+            )
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; give True or False.")
+        _check_stop(self.stop_strings)
+        _ = self.core  # checks the rest
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @cached_property
+    def core(self) -> _core.SamplingParams:
+        """The part that the C++ engine needs; it checks the ranges."""
+        return _core.SamplingParams(
+            n=_integer("n", self.n, 31),
+            temperature=_number("temperature", self.temperature),
+            top_p=_number("top_p", self.top_p),
+            top_k=_integer("top_k", self.top_k, 31),
+            min_p=_number("min_p", self.min_p),
+            repetition_penalty=_number("repetition_penalty", self.repetition_penalty),
+            presence_penalty=_number("presence_penalty", self.presence_penalty),
+            frequency_penalty=_number("frequency_penalty", self.frequency_penalty),
+            seed=None if self.seed is None else _seed(self.seed),
+            stop_token_ids=[_integer("a stop_token_id", i, 31) for i in self.stop_token_ids or ()],
+            ignore_eos=self.ignore_eos,
+            max_tokens=None
+            if self.max_tokens is None
+            else _integer("max_tokens", self.max_tokens, 63),
+            min_tokens=_integer("min_tokens", self.min_tokens, 63),
+            logprobs=None if self.logprobs is None else _integer("logprobs", self.logprobs, 31),
+            logit_bias=[
+                (
+                    _integer("a token id of logit_bias", int(token), 31),
+                    _number("a logit_bias", bias),
+                )
+                for token, bias in (self.logit_bias or {}).items()
+            ],
+        )
+
+
+def _integer(name: str, value: Any, bits: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidRequestError(f"{name} is {value!r}; it must be a whole number.") from None
+    if not -(1 << bits) <= number < 1 << bits:
+        raise InvalidRequestError(f"{name} is {number}; it does not fit in {bits + 1} bits.")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        try:
+            value = float(value.__float__())  # numpy's scalars
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidRequestError(f"{name} is {value!r}; it must be a number.") from None
+    return float(value)
+
+
+def _seed(value: Any) -> int:
+    seed = _integer("seed", value, 64)
+    if seed < 0:
+        raise InvalidRequestError(f"seed is {seed}; it must be from 0 to 2^64 - 1.")
+    return seed
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(
+            f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are looked for."
+        )
+    for text in stop:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                f"a stop string is {text!r:.60}; give a text of 1 to {MAX_STOP_CHARS} characters."
+            )

@@ -1,0 +1,375 @@
+"""The tokenizer of a checkpoint: text to token ids and back, special tokens, chat templates.
+
+The `tokenizers` library does the work, from tokenizer.json. This file adds what the files beside it
+say (tokenizer_config.json, special_tokens_map.json, *.jinja), in the way of Transformers 5, so that
+a prompt becomes the same token ids here and there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from tinyvllm.chat_template import ChatTemplate, Message
+from tinyvllm.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    TinyvllmError,
+    UnsupportedModelError,
+)
+
+_MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json in use has about 35 MB
+_METASPACE = "\u2581"  # SentencePiece writes a space as this character
+
+# Byte-level vocabularies write these bytes as themselves, the others as U+0100, U+0101, ...
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
+
+
+class Tokenizer:
+    """Text to token ids and back, for one checkpoint: `Tokenizer.from_dir(directory)`."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, ChatTemplate],
+    ) -> None:
+        """`special_tokens` holds the tokens that have a name: {"bos_token": "<s>", ...}."""
+        backend.no_truncation()  # tokenizer.json may carry the settings of a training run
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.chat_templates = dict(chat_templates)
+        self.bos_token, self.bos_token_id = self._named("bos_token")
+        self.eos_token, self.eos_token_id = self._named("eos_token")
+        self.unk_token, self.unk_token_id = self._named("unk_token")
+        self.pad_token, self.pad_token_id = self._named("pad_token")
+        self.empty_token_id: int | None = backend.token_to_id("")
+        added = backend.get_added_tokens_decoder().values()
+        self._skipped = frozenset(token.content for token in added if token.special)
+        steps = _decoder_steps(backend)
+        self.byte_fallback = "ByteFallback" in steps  # tokens such as <0x0A> stand for bytes
+        self._byte_level = "ByteLevel" in steps
+        begin = backend.encode("").ids[:1]
+        self._adds_bos = self.bos_token_id is not None and begin == [self.bos_token_id]
+
+    @classmethod
+    def from_dir(cls, directory: Path) -> Tokenizer:
+        """Reads the files, each once. A flaw in one is a CheckpointError with its name."""
+        path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+        text = _read(path)
+        if text is None:
+            raise CheckpointError(_missing(directory))
+        config = _read_object(config_path)
+        if "added_tokens_decoder" not in config:  # written by a Transformers before 4.34
+            config |= _read_object(directory / "special_tokens_map.json")
+        if _is_llama_tokenizer(directory, text, config):
+            text = _with_llama_spaces(path, text, config)
+            config = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | config
+        with _flaws_in(path):
+            backend = _load(path, text)
+        with _flaws_in(config_path):
+            special_tokens = _add_special_tokens(backend, config)
+            chat_templates = _chat_templates(directory, config)
+        with _flaws_in(path):
+            return cls(backend, special_tokens, chat_templates)
+
+    def _named(self, name: str) -> tuple[str | None, int | None]:
+        token = self.special_tokens.get(name)
+        return token, None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id + 1, added tokens included. A model may have more rows than that."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, with what tokenizer.json's post-processor adds: BOS, as a rule.
+
+        As in Transformers 5, `add_bos_token` in tokenizer_config.json has no say beside a
+        tokenizer.json. Unlike there, a text that begins with BOS does not get a second one.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the text has U+{ord(text[error.start]):04X} at character {error.start}, which is "
+                "half a character or a byte that is not UTF-8. Give it in UTF-8."
+            ) from error
+        with _flaws_in("tokenizer.json"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._adds_bos and ids[1:2] == [self.bos_token_id]:
+            del ids[0]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids. Ids that the vocabulary lacks add nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it: `Ġworld`, `▁world`, `<0x0A>`."""
+        return self._backend.id_to_token(token_id)
+
+    def is_special(self, token: str) -> bool:
+        """Whether decode leaves the token out when it skips special tokens."""
+        return token in self._skipped
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that has begun, maybe a part of a character only."""
+        token = self.id_to_token(token_id) or ""
+        if self._byte_level:
+            if _BYTE_OF_CHAR.keys() >= set(token):
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            return token.encode()  # an added token, spelt as it is
+        if self.byte_fallback and (byte := byte_of(token)) is not None:
+            return byte
+        once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :].encode()
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, for people; a part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a chat. `template` is the name of one of the model's, or Jinja text.
+
+        `kwargs` are variables of the template, such as `enable_thinking` or `date_string`.
+        """
+        return self._chat_template(template, tools is not None).render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables={**self.special_tokens, **kwargs},
+        )
+
+    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+        """The ids of a chat. BOS stands where the template writes it; no other is added."""
+        return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
+
+    def _chat_template(self, template: str | None, with_tools: bool) -> ChatTemplate:
+        names = [template] if template else [*["tool_use"] * with_tools, "default"]
+        for name in names:
+            if name in self.chat_templates:
+                return self.chat_templates[name]
+        if template and "{" in template:
+            return ChatTemplate(template, "the template given", flaw=InvalidRequestError)
+        known = ", ".join(sorted(self.chat_templates)) or "none"
+        raise InvalidRequestError(
+            f'the model has no chat template "{names[-1]}" (it has: {known}). '
+            "Name one that it has, give a template, or prompt it with plain text."
+        )
+
+
+def byte_of(token: str) -> bytes | None:
+    """The byte for which a byte-fallback token such as `<0x0A>` stands, else None."""
+    match = re.fullmatch(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>", token)  # +A is a number for `tokenizers`
+    return bytes([int(match[1], 16)]) if match else None
+
+
+@contextmanager
+def _flaws_in(path: Path | str) -> Iterator[None]:
+    """Turns what a broken file makes Python or `tokenizers` raise into an error that names it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, TinyvllmError):
+        raise
+    except BaseException as error:  # a panic in `tokenizers` is no Exception
+        raise CheckpointError(
+            f"{path}: {type(error).__name__}: {error}. The file is damaged; download it again."
+        ) from error
+
+
+def _read(path: Path) -> str | None:
+    """The text of a file, or None if there is none."""
+    if not path.is_file():
+        return None
+    with _flaws_in(path), path.open("rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        return data.decode()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} if there is no file."""
+    text = _read(path)
+    with _flaws_in(path):
+        value = {} if text is None else json.loads(text)
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}, not an object")
+        return value
+
+
+def _missing(directory: Path) -> str:
+    if (directory / "tokenizer.model").is_file():
+        return (
+            f"{directory} has a tokenizer.model and no tokenizer.json. Convert it in Python: from "
+            "transformers import AutoTokenizer; "
+            f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+        )
+    return f"{directory} has no tokenizer.json. Download it, or name the directory that has it."
+
+
+def _load(path: Path, text: str) -> tokenizers.Tokenizer:
+    # `tokenizers` cuts merges at this prefix even within a character, and a file made for it ends
+    # the process. It belongs to WordPiece; no supported family has it.
+    key = '"continuing_subword_prefix"'
+    if any(re.match(r'\s*:\s*"[^"]', rest) for rest in text.split(key)[1:]):
+        raise UnsupportedModelError(f"{path}: {key} is set. Use a model with a BPE tokenizer.")
+    return tokenizers.Tokenizer.from_str(text)
+
+
+def _is_llama_tokenizer(directory: Path, text: str, config: Mapping[str, Any]) -> bool:
+    """Whether Transformers 5 replaces the normalizer and decoder of tokenizer.json by its own."""
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return False
+    if '"ByteLevel"' in text:  # a Llama 3 tokenizer with the wrong class
+        return False
+    return _read_object(directory / "config.json").get("model_type") not in ("mistral", "qwen2")
+
+
+def _with_llama_spaces(path: Path, text: str, config: Mapping[str, Any]) -> str:
+    """tokenizer.json with the spaces of Transformers 5's LlamaTokenizer.
+
+    Files of Llama 1 and 2 put a space after every special token, as Transformers 4 did. Now one
+    stands before the first text only, unless the config says "legacy": true.
+    """
+    decoder: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _METASPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    scheme = "never"
+    if config.get("add_prefix_space") in (None, True):
+        scheme = "always" if config.get("legacy") else "first"
+        decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    with _flaws_in(path):
+        spec = json.loads(text)
+        spec["normalizer"] = None
+        spec["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": _METASPACE,
+            "prepend_scheme": scheme,
+            "split": False,
+        }
+        spec["decoder"] = {"type": "Sequence", "decoders": decoder}
+        return json.dumps(spec)
+
+
+def _added_token(value: Any) -> AddedToken:
+    """A token as the JSON files write it: its text, or an object with its text and flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(value["content"], **{flag: value[flag] for flag in flags if flag in value})
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
+    """Adds the tokens that tokenizer.json lacks or flags otherwise. Returns those with a name."""
+    if config.get("clean_up_tokenization_spaces") and type(backend.model).__name__ != "BPE":
+        raise UnsupportedModelError(
+            "tokenizer_config.json: clean_up_tokenization_spaces is true and the tokenizer is "
+            f"{type(backend.model).__name__}, not BPE. Set it to false, or use another model."
+        )
+    present = backend.get_added_tokens_decoder().values()
+    as_they_are = {repr(token) for token in present}
+    declared = config.get("added_tokens_decoder") or {}
+    tokens = [_added_token(declared[key]) for key in sorted(declared, key=int)]
+    tokens = [token for token in tokens if repr(token) not in as_they_are]
+
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    entries = {**config, **(extra if isinstance(extra, dict) else {})}
+    named = {
+        name: _added_token(value)
+        for name, value in entries.items()
+        if name.endswith("_token") and isinstance(value, (str, dict))
+    }
+    unnamed = [] if isinstance(extra, dict) else [_added_token(value) for value in extra]
+    known = {token.content for token in (*present, *tokens)}
+    for token in [*named.values(), *unnamed]:
+        if token.content not in known:
+            known.add(token.content)
+            token.special = True
+            tokens.append(token)
+    backend.add_tokens(tokens)
+    return {name: token.content for name, token in named.items()}
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
+    """The templates by name. One .jinja file puts all of tokenizer_config.json's out of force."""
+    paths = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    paths["default"] = directory / "chat_template.jinja"
+    files = {name: (_read(path), str(path)) for name, path in paths.items()}
+    templates = {
+        name: ChatTemplate(text, origin)
+        for name, (text, origin) in files.items()
+        if text is not None
+    }
+    if templates:
+        return templates
+    listed = config.get("chat_template") or []
+    if isinstance(listed, str):
+        listed = [{"name": "default", "template": listed}]
+    origin = str(directory / "tokenizer_config.json")
+    for entry in listed:
+        if not isinstance(entry["name"], str) or not isinstance(entry["template"], str):
+            raise TypeError("chat_template has a name or a template that is not a string")
+        templates[entry["name"]] = ChatTemplate(entry["template"], origin)
+    return templates
+
+
+_TOKEN_STEPS = ("ByteFallback", "ByteLevel", "Metaspace", "Replace", "Strip", "WordPiece")
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer) -> set[str]:
+    """The types of the decoder's steps, once it is clear that its text can be streamed.
+
+    For that, a token's text may depend on its neighbours only. So steps may work token by token;
+    when Fuse or ByteLevel has joined the tokens, what follows may replace single characters and
+    drop one leading space. This holds for every supported family.
+    """
+    if backend.decoder is None:
+        return set()
+    spec = json.loads(backend.decoder.__getstate__())
+    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    joined = False
+    for step in steps:
+        kind = step["type"]
+        local = (
+            kind == "Fuse"
+            or (kind == "Replace" and len(step["pattern"].get("String", "")) == 1)
+            or (kind == "Strip" and step["start"] <= 1 and step["stop"] == 0)
+            or (kind in _TOKEN_STEPS and not joined)
+        )
+        if not local:
+            raise UnsupportedModelError(
+                f"tokenizer.json: the decoder has the step {json.dumps(step)}, which needs the "
+                "whole text at once. Use a model of a supported family."
+            )
+        joined = joined or kind in ("Fuse", "ByteLevel")
+    return {step["type"] for step in steps}

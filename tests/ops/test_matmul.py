@@ -1,0 +1,196 @@
+"""matmul: y = x W^T + b against float64, and the order of its sums bit for bit (DESIGN 4.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numeric import (
+    Array,
+    Guarded,
+    cast,
+    fused_multiply_add,
+    in_wider_rows,
+    misaligned,
+    multiply_then_add,
+    relative_error,
+    same_bits,
+    tree_sum,
+    widen,
+)
+from tinyvllm import _core
+
+ops = _core.ops
+
+PAIRS = [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float32")]
+pairs = pytest.mark.parametrize(("x_dtype", "w_dtype"), PAIRS)
+
+
+def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    return cast(rng.standard_normal(shape), dtype)
+
+
+def multiply(device: Any, x: Array, *blocks: Array) -> Array:
+    return np.asarray(ops.matmul(device, x, list(blocks)))
+
+
+@pairs
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "depth"),
+    [
+        (1, 1, 1),
+        (1, 97, 63),
+        (7, 100, 64),
+        (7, 29, 577),
+        (33, 7, 8200),  # more rows than a block of x in the cache has
+        (33, 193, 31),
+    ],
+)
+def test_matmul_matches_float64(
+    device: Any,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    tokens: int,
+    outputs: int,
+    depth: int,
+) -> None:
+    x = random(rng, (tokens, depth), x_dtype)
+    w = random(rng, (outputs, depth), w_dtype)
+    want = widen(x) @ widen(w).T
+    # A sum of float32 products is off by a share of the sum of their sizes, whatever cancels.
+    sizes = np.abs(widen(x)) @ np.abs(widen(w)).T
+    assert relative_error(multiply(device, x, w), want, sizes) < 5e-7
+
+
+@pairs
+def test_small_integers_are_summed_exactly(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x, w = rng.integers(-9, 10, (5, 333)), rng.integers(-9, 10, (31, 333))
+    got = multiply(device, cast(x, x_dtype), cast(w, w_dtype))
+    np.testing.assert_array_equal(got, x @ w.T)
+
+
+@pairs
+def test_row_blocks_are_stacked_each_with_its_bias_or_none(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = rng.integers(-9, 10, (7, 50))
+    blocks = [rng.integers(-9, 10, (rows, 50)) for rows in (100, 1, 33)]
+    first, last = rng.integers(-99, 99, 100), rng.integers(-99, 99, 33)
+    got = ops.matmul(
+        device,
+        cast(x, x_dtype),
+        [cast(block, w_dtype) for block in blocks],
+        [cast(first, "float32"), None, cast(last, "float32")],
+    )
+    want = np.concatenate([x @ blocks[0].T + first, x @ blocks[1].T, x @ blocks[2].T + last], -1)
+    np.testing.assert_array_equal(got, want)
+
+
+@pairs
+def test_a_row_gives_the_same_bits_in_every_batch(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = random(rng, (70, 101), x_dtype)
+    w = random(rng, (29, 101), w_dtype)
+    alone = np.concatenate([multiply(device, x[m : m + 1], w) for m in range(70)])
+    for size in range(1, 71):
+        assert same_bits(multiply(device, x[:size], w), alone[:size]), f"a batch of {size}"
+        assert same_bits(multiply(device, x[70 - size :], w), alone[70 - size :])
+
+
+@pairs
+def test_an_output_gives_the_same_bits_whatever_is_stacked_around_it(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = random(rng, (5, 101), x_dtype)
+    w = random(rng, (211, 101), w_dtype)
+    whole = multiply(device, x, w)
+    for cut in (1, 5, 96, 97, 210):
+        assert same_bits(multiply(device, x, w[:cut], w[cut:]), whole), f"cut at {cut}"
+
+
+@pairs
+def test_the_number_of_threads_changes_no_bit(
+    device: Any, other_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = random(rng, (33, 203), x_dtype)
+    w = random(rng, (700, 203), w_dtype)
+    assert same_bits(multiply(other_device, x, w), multiply(device, x, w))
+
+
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
+
+
+@pairs
+@pytest.mark.parametrize("depth", [3, 64, 101])
+def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
+) -> None:
+    x = random(rng, (3, depth), x_dtype)
+    w = random(rng, (13, depth), w_dtype)
+    bias = cast(rng.standard_normal(13), "float32")
+    lanes = LANES[device.isa]
+    # One step of k fills the lanes; the instruction for pairs of bfloat16 adds two in each, the
+    # second of the pair first.
+    pair = 2 if (device.isa, x_dtype, w_dtype) == ("avx512bf16", "bfloat16", "bfloat16") else 1
+    multiply_add = multiply_then_add if device.isa == "portable" else fused_multiply_add
+
+    padding = [(0, 0), (0, -depth % (lanes * pair))]
+    wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(3, 1, -1, lanes, pair)
+    wide_w = np.pad(widen(w), padding).astype(np.float32).reshape(1, 13, -1, lanes, pair)
+    sums = np.zeros((3, 13, lanes), dtype=np.float32)
+    for step in range(wide_x.shape[2]):
+        for element in reversed(range(pair)):
+            sums = multiply_add(
+                wide_x[:, :, step, :, element], wide_w[:, :, step, :, element], sums
+            )
+    want = tree_sum(sums) + bias
+    assert same_bits(ops.matmul(device, x, [w], [bias]), want)
+
+
+@pairs
+@pytest.mark.parametrize("depth", [1, 31, 100])
+@pytest.mark.parametrize("end", [True, False])
+def test_nothing_outside_the_operands_is_read(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int, end: bool
+) -> None:
+    x = random(rng, (7, depth), x_dtype)
+    w = random(rng, (31, depth), w_dtype)
+    bias = cast(rng.standard_normal(31), "float32")
+    guarded_x, guarded_w, guarded_bias = (Guarded(array, end) for array in (x, w, bias))
+    got = ops.matmul(device, guarded_x.array, [guarded_w.array], [guarded_bias.array])
+    assert same_bits(got, ops.matmul(device, x, [w], [bias]))
+
+
+@pairs
+def test_rows_may_lie_apart_and_be_aligned_to_their_element_only(
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = random(rng, (7, 77), x_dtype)
+    w = random(rng, (31, 77), w_dtype)
+    want = multiply(device, x, w)
+    assert same_bits(multiply(device, in_wider_rows(x), misaligned(w)), want)
+    assert same_bits(multiply(device, misaligned(x), w), want)
+
+
+@pairs
+def test_a_nan_reaches_its_own_row_or_output_and_no_other(
+    device: Any, x_dtype: str, w_dtype: str
+) -> None:
+    x, w = np.ones((7, 33)), np.ones((31, 33))
+    x[3, 32] = w[17, 32] = np.nan
+    got = multiply(device, cast(x, x_dtype), cast(w, w_dtype))
+    want = np.full((7, 31), 33.0)
+    want[3] = want[:, 17] = np.nan
+    np.testing.assert_array_equal(got, want)
+
+
+def test_an_unsupported_pair_is_named(device: Any) -> None:
+    x, w = cast(np.ones((1, 4)), "bfloat16"), cast(np.ones((2, 4)), "float32")
+    with pytest.raises(Exception, match="bfloat16 x float32 is not a supported pair"):
+        multiply(device, x, w)
