@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import small_tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as dec
 
+import small_tokenizers
 from tinyvllm.detokenizer import IncrementalDetokenizer
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.tokenizer import Tokenizer
@@ -192,6 +192,21 @@ def test_a_valid_run_waits_since_a_later_byte_may_break_it():
 def test_finish_replaces_an_incomplete_character():
     assert stream(LLAMA3, byte_tokens("a🦊".encode()[:-1]))[1] == ["a", "", "", "", "�"]
     assert stream(LLAMA2, fallback_tokens("é🦊".encode()[:-1]))[1] == [*[""] * 5, "�" * 5]
+
+
+def test_a_window_may_be_cut_at_any_byte():
+    for begin in range(20):
+        text = "a" * begin + "🦊é世" * 4 + "b"
+        assert "".join(stream(LLAMA3, byte_tokens(text.encode()))[1]) == text
+
+
+def test_tokens_without_text_do_not_end_the_memory_of_what_came_before():
+    """The leading space of "▁a" would be dropped a second time if "" counted as context."""
+    tokenizer = TOKENIZERS["byte-fallback, empty token"]
+    [a] = tokenizer.encode("a", False)
+    assert tokenizer.empty_token_id is not None
+    ids = [a, *[tokenizer.empty_token_id] * 40, a]
+    assert "".join(stream(tokenizer, ids)[1]) == "a a"
 
 
 def test_tokens_that_no_character_boundary_touches_stream():

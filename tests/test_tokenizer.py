@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_tokenizers
-from small_tokenizers import llama2, llama3, with_decoder, write
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+import small_tokenizers
+from small_tokenizers import llama2, llama3, with_decoder, write
 from tinyvllm.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from tinyvllm.tokenizer import Tokenizer
 
@@ -82,6 +82,13 @@ def test_llama_tokenizer_s_space_options_are_as_in_transformers(transformers, tm
     assert_same(*open_both(transformers, tmp_path))
 
 
+def test_llama_tokenizer_has_the_default_tokens_of_transformers(transformers, tmp_path):
+    write(tmp_path, llama2(), {"tokenizer_class": "LlamaTokenizer"})
+    ours, oracle = open_both(transformers, tmp_path)
+    assert_same(ours, oracle)
+    assert ours.special_tokens == oracle.special_tokens_map == LLAMA2
+
+
 @pytest.mark.parametrize("cls", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer"])
 @pytest.mark.parametrize("add_bos_token", [True, False])
 def test_byte_level_style_is_as_in_transformers(transformers, tmp_path, cls, add_bos_token):
@@ -95,6 +102,7 @@ NEW = {"content": "<extra>", "lstrip": True, "rstrip": False, "single_word": Fal
 EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     "tokens as objects": {"eos_token": {"__type": "AddedToken", "content": "</s>"}},
     "a token that tokenizer.json lacks": {"pad_token": "<pad>"},
+    "one that it lacks, as an object": {"pad_token": {"content": "<pad>", "__type": "AddedToken"}},
     "a list of more": {"additional_special_tokens": ["<a>", "</s>", "<b>"]},
     "a list of more, new name": {"extra_special_tokens": ["<a>"]},
     "named ones": {"extra_special_tokens": {"image_token": "<image>"}},

@@ -93,8 +93,9 @@ py::array_t<float> read(const Checkpoint& checkpoint, const std::string& name) {
   const std::vector<py::ssize_t> shape(tensor.shape.begin(), tensor.shape.end());
   if (tensor.num_bytes == 0) {
     // NumPy would allocate memory for the other dimensions, and nothing bounds them.
-    static float nothing;
-    return py::array_t<float>(shape, &nothing, py::capsule(&nothing, [](void*) {}));
+    static const float nothing = 0;
+    return py::array_t<float>(shape, &nothing,
+                              py::capsule(static_cast<const void*>(&nothing), [](void*) {}));
   }
   py::array_t<float> out(shape);
   float* to = out.mutable_data();

@@ -60,8 +60,7 @@ struct ModelConfig {
   // [num_layers]; 0: full attention; w: position i attends to j with i - w < j <= i.
   std::vector<std::int64_t> sliding_window;
   RopeConfig rope;
-  std::string dtype;  // what the file says ("bfloat16"), empty if it does not; the weights' own
-                      // dtype decides
+  std::string dtype;  // what the file says ("bfloat16") or empty; the weights' own dtype decides
 };
 
 // Throws CheckpointError if the file is missing, no JSON, contradicts itself or holds a number out

@@ -6,17 +6,14 @@ comes back while it comes, and looks for stop strings.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tinyvllm import _core, dummy, generation_config
+from tinyvllm import _core, generation_config
 from tinyvllm.chat_template import Message
 from tinyvllm.errors import DeviceError, InvalidRequestError
 from tinyvllm.model_lookup import find_model
@@ -24,6 +21,9 @@ from tinyvllm.outputs import CompletionOutput, RequestDelta, RequestOutput
 from tinyvllm.request import ActiveRequest
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tempfile
 
 BUNDLED_MODEL = Path(__file__).parent / "story_model"
 
@@ -242,9 +242,10 @@ class LLM:
         """Steps the engine until these requests have ended; others that are queued advance, too."""
         try:
             while True:
-                for request in requests:
+                finished = all(request.finished for request in requests)
+                for request in requests:  # while a delta is out, somebody else may step the engine
                     yield from request.take_deltas()
-                if all(request.finished for request in requests):
+                if finished:
                     return
                 self._step()
         finally:
@@ -331,6 +332,10 @@ class LLM:
         return None, _token_ids(prompt)
 
     def _write_dummy(self, source: Path, seed: int) -> Path:
+        import tempfile
+
+        from tinyvllm import dummy  # brings numpy, which nothing else here needs
+
         self._temporary = tempfile.TemporaryDirectory(prefix="tinyvllm-dummy-")
         config = generation_config.read_json(source / "config.json")
         return dummy.write_checkpoint(Path(self._temporary.name), config, seed=seed & 0xFFFFFFFF)
@@ -349,6 +354,9 @@ class LLM:
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    import difflib
+    import inspect
+
     for name, value in arguments.items():
         if name in _NEUTRAL:
             if value != _NEUTRAL[name]:

@@ -172,11 +172,13 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
 
     def _chat_template(self, template: str | None, with_tools: bool) -> ChatTemplate:
-        names = [template] if template else [*["tool_use"] * with_tools, "default"]
+        names = ["tool_use", "default"] if with_tools else ["default"]
+        if template is not None:
+            names = [template]
         for name in names:
             if name in self.chat_templates:
                 return self.chat_templates[name]
-        if template and "{" in template:
+        if template is not None and "{" in template:
             return ChatTemplate(template, "the template given", flaw=InvalidRequestError)
         known = ", ".join(sorted(self.chat_templates)) or "none"
         raise InvalidRequestError(

@@ -28,7 +28,7 @@ SPLIT, TILE = 1024, 16  # where long contexts are cut, and the tiles between
 
 @dataclasses.dataclass
 class Context:
-    """One sequence: q of its last tokens, k and v of all. q [n, heads, dim], k and v [T, kv, dim]."""
+    """One sequence: q [n, heads, dim] of its last tokens, k and v [T, kv_heads, dim] of all."""
 
     q: Array
     k: Array
@@ -134,7 +134,7 @@ def attend(device: Any, contexts: list[Context], scale: float, window: int = 0) 
     return Pool(contexts, block_size=16).attend(device, scale, window)
 
 
-# --- Against float64 --------------------------------------------------------------------------------
+# --- Against float64 ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -234,7 +234,7 @@ def test_a_nan_that_is_seen_is_not_swallowed(
     assert np.isnan(attend(device, [context], 0.2)).any()
 
 
-# --- Bit for bit --------------------------------------------------------------------------------------
+# --- Bit for bit ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -275,7 +275,7 @@ def test_the_size_and_order_of_blocks_change_no_bit(
             assert same_bits(got, want), f"blocks of {block_size}, order {seed}"
 
 
-# --- Memory -------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 def test_q_may_be_a_part_of_wider_rows(device: Any, rng: np.random.Generator) -> None:

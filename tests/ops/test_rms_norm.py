@@ -21,7 +21,7 @@ from tinyvllm import _core
 
 ops = _core.ops
 
-# Below and above one vector, a multiple of it and not; the last one is past the buffer on the stack.
+# Below and above one vector, a multiple of it and not; the last is past the buffer on the stack.
 SIZES = [(1, 1), (1, 64), (7, 577), (33, 80), (2, 8200)]
 
 

@@ -40,7 +40,7 @@ def test_angles_do_not_depend_on_the_batch(device: Any, other_device: Any) -> No
     assert same_bits(whole, np.concatenate(alone))
 
 
-# --- qk_norm_rope_and_cache -------------------------------------------------------------------------
+# --- qk_norm_rope_and_cache -----------------------------------------------------------------------
 
 TOKENS, BLOCKS = 7, 11
 
@@ -174,7 +174,7 @@ def test_a_token_gives_the_same_bits_in_every_batch(
     assert same_bits(together.values, apart.values)
 
 
-# --- The conversion to bfloat16, through the values that go into the cache --------------------------
+# --- The conversion to bfloat16, through the values that go into the cache ------------------------
 
 
 def stored(device: Any, values: Array) -> Array:
@@ -210,8 +210,8 @@ def test_each_bfloat16_number_comes_back_as_itself(device: Any) -> None:
 
 @pytest.mark.parametrize("low", [0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 def test_float32_rounds_to_the_nearest_bfloat16_and_ties_to_even(device: Any, low: int) -> None:
-    # Each pattern of the upper half with this lower half: below, at and above the tie; the last
-    # ones before infinity overflow to it, and a NaN whose fraction is all in the lower half stays one.
+    # Each pattern of the upper half with this lower half: below, at and above the tie. The last
+    # before infinity overflow to it; a NaN whose fraction is all in the lower half stays one.
     patterns = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(low)
     values = patterns.view(np.float32)
     is_nan = np.isnan(values)

@@ -1,4 +1,4 @@
-"""What the op tests share: bfloat16 in NumPy, error measures, awkward places for an array to lie in.
+"""What the op tests share: bfloat16 in NumPy, error measures, awkward places for an array.
 
 Nothing here calls the code under test. bfloat16 travels as uint16, as in `_core.ops`.
 """
@@ -18,7 +18,7 @@ NAN_BITS = np.uint16(0x7FC0)
 PROT_NONE = 0
 
 
-# --- bfloat16 -----------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 def widen(array: Array) -> Array:
@@ -54,7 +54,7 @@ def poison(shape: tuple[int, ...], dtype: str) -> Array:
     return np.full(shape, np.nan, dtype=np.float32)
 
 
-# --- Errors -------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 
 def relative_error(got: Array, want: Array, scale: npt.ArrayLike | None = None) -> float:
@@ -126,7 +126,7 @@ def in_wider_rows(array: Array, margin: int = 3) -> Array:
 
 
 class Guarded:
-    """Copies an array to the very end, or start, of memory whose neighbour page kills who reads it."""
+    """Copies an array to the end, or start, of memory whose neighbour page kills who reads it."""
 
     def __init__(self, array: Array, end: bool = True) -> None:
         page, size = mmap.PAGESIZE, array.nbytes

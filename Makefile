@@ -1,0 +1,110 @@
+# The commands of this repository; `make help` lists them.
+#
+# They make .venv and install everything into it. The machine needs Python >= 3.10 (another one than
+# python3: `make PYTHON=python3.12 ...`), a C++20 compiler, git and make; cmake and ninja come from pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .venv/stamps
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+# Folders too, whose times say that a file has come or gone.
+CORE_FILES := $(shell find csrc third_party)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv build demo test lint format asan clean
+
+help:  ## this list
+	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+
+# --- .venv and what is in it ---------------------------------------------------------------------
+# A stamp is a file that is newer than what it was made from, so that nothing is done twice.
+
+.venv: $(STAMPS)/venv  ## the virtual environment, with the build tools
+
+$(STAMPS)/venv: requirements-build.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: '$(PYTHON)' is missing or older than Python 3.10. Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) -r requirements-build.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+# Editable: a change to Python code counts at once, one to C++ code with the next make.
+# Isolation would hand CMake another toolchain path each time and so compile everything anew; what is
+# used instead are the tools in .venv. `pip install .` and `make asan` build in isolation.
+$(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt $(CORE_FILES)
+	@echo "Building tinyvllm into .venv; from nothing this takes one to two minutes."
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@$(BIN)/python -c 'from tinyvllm import _core; print("Built tinyvllm", _core.__version__ + \
+	  ": the CPU engine, with kernels for", ", ".join(_core.supported_isas()))'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/venv requirements-dev.txt
+	$(BIN)/python $(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/oracle: $(STAMPS)/venv requirements-oracle.txt
+	$(BIN)/python $(PIP_INSTALL) -r requirements-oracle.txt
+	@touch $@
+
+build: $(STAMPS)/build  ## build and install into .venv, editable
+
+# --- Use -----------------------------------------------------------------------------------------
+
+demo: build  ## two stories by the bundled model
+	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time" --max-tokens 200
+	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
+
+# --- Tests and checks ----------------------------------------------------------------------------
+# ARGS goes to pytest: make test ARGS="-k rope".
+
+# The oracle comes after the build: what it shares with the engine is then there and stays as it is.
+test: build  ## the tests; TINYVLLM_REQUIRE_ORACLE=1 installs Transformers to compare with
+ifeq ($(TINYVLLM_REQUIRE_ORACLE),1)
+	@$(MAKE) --no-print-directory $(STAMPS)/oracle
+endif
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: build $(STAMPS)/dev  ## clang-format, compiler warnings as errors, ruff, mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/cmake -S . -B build/lint -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DTINYVLLM_WERROR=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/lint
+
+format: $(STAMPS)/dev  ## clang-format and ruff, written in place
+	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
+# built with the sanitizers, so their library has to be loaded first, and that of C++ for its
+# exceptions. Reports go to files, because a test may expect that a process fails: any report fails
+# the run. Leaks are not looked for: Python itself keeps what it allocates at the end.
+ASAN := build/asan
+ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
+ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
+ASAN_TESTS = tests/ops tests/test_checkpoint.py tests/test_golden.py tests/test_model_config.py \
+  tests/test_safetensors.py
+
+asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan (GCC)
+	$(PYTHON) -m venv $(ASAN)/venv
+	$(ASAN)/venv/bin/python $(PIP_INSTALL) --config-settings=build-dir=$(ASAN)/cmake \
+	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON '.[test]'
+	rm -f $(ASAN)/report.*
+	LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \
+	  UBSAN_OPTIONS=$(ASAN_REPORTS) \
+	  $(ASAN)/venv/bin/python -m pytest $(ASAN_TESTS) $(ARGS); \
+	status=$$?; \
+	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \
+	exit $$status
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

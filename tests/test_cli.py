@@ -1,0 +1,357 @@
+"""`tinyvllm generate` as other programs see it: streams, exit codes, signals, formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from families import FAMILIES
+from tinyvllm import LLM, SamplingParams
+
+COMMAND = [sys.executable, "-m", "tinyvllm.cli"]
+Result = subprocess.CompletedProcess[bytes]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a tokenizer and no chat template; greedy by default."""
+    return str(FAMILIES["llama-3.2-v5"].write(tmp_path_factory.mktemp("model")))
+
+
+def tinyvllm(
+    *arguments: str,
+    stdin: bytes | int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Result:
+    stream: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **(environment or {})},
+        **stream,
+        **options,
+    )
+
+
+def generate(model: str, *arguments: str, **options: Any) -> Result:
+    return tinyvllm("generate", "--model", model, *arguments, **options)
+
+
+def assert_error(result: Result, code: int, *parts: str) -> None:
+    """The exit code, nothing on stdout, one line on stderr that has these parts in it."""
+    stderr = result.stderr.decode()
+    assert result.returncode == code, stderr
+    assert result.stdout == b""
+    assert "Traceback" not in stderr
+    for part in parts:
+        assert part in stderr
+    if code != 2 or stderr.startswith("tinyvllm: error"):
+        assert stderr.count("\n") == 1, stderr
+
+
+# --- What comes out ---------------------------------------------------------------------------
+
+
+def test_stdout_has_the_text_and_one_line_end(model: str) -> None:
+    with LLM(model) as llm:
+        (expected,) = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=12), False)
+    result = generate(model, "-p", "Hello", "-n", "12")
+    assert result.returncode == 0
+    assert result.stdout.decode() == expected.outputs[0].text.removesuffix("\n") + "\n"
+    assert result.stderr == b""
+
+
+def test_several_prompts_answer_in_their_order(model: str) -> None:
+    alone = [generate(model, "-p", text, "-n", "9").stdout for text in ("one", "two", "three")]
+    together = generate(model, "-p", "one", "-p", "two", "-p", "three", "-n", "9")
+    assert together.stdout == b"".join(alone)
+
+
+def test_no_stream_prints_the_same_text(model: str) -> None:
+    streamed, whole = (
+        generate(model, "-p", "Hello", "-n", "40", *flag).stdout for flag in ([], ["--no-stream"])
+    )
+    assert streamed == whole != b""
+
+
+def test_text_appears_while_it_is_made(model: str) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "-m", model, "-p", "x", "-n", "3000", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert first != b""
+
+
+def test_json_is_one_object_that_says_everything(model: str) -> None:
+    result = generate(model, "-p", "Hello", "-n", "4", "--json", "--logprobs", "2", "--seed", "7")
+    document = json.loads(result.stdout)
+    assert document["schema"] == 1
+    assert document["seed"] == 7
+    assert document["sampling"]["max_tokens"] == {"value": 4, "from": "flag"}
+    assert document["sampling"]["temperature"] == {"value": 0, "from": "generation_config"}
+    assert document["sampling"]["top_p"]["from"] == "default"
+    (answer,) = document["results"]
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 4
+    assert [len(entry["top"]) for entry in answer["logprobs"]] == [2] * 4
+    assert all(entry["rank"] == 1 for entry in answer["logprobs"])  # greedy
+    assert answer["finish_reason"] == "length"
+    assert document["usage"]["total_tokens"] == answer["prompt_tokens"] + 4
+
+
+def test_jsonl_has_a_line_for_each_prompt(model: str) -> None:
+    result = generate(model, "-p", "one", "--prompt-ids", "5,6,7", "-n", "3", "--jsonl")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["index"], first["prompt"]) == (0, "one")
+    assert (second["index"], second["prompt"], second["prompt_tokens"]) == (1, None, 3)
+
+
+def test_stats_go_to_stderr_and_name_the_seed(model: str) -> None:
+    result = generate(model, "-p", "Hello", "-n", "4", "--stats", "--seed", "11")
+    assert b"seed 11" in result.stderr
+    assert b"max_tokens 4 (flag)" in result.stderr
+    assert result.stdout == generate(model, "-p", "Hello", "-n", "4").stdout
+
+
+def test_the_seed_that_stats_shows_repeats_the_run(model: str) -> None:
+    sampled = ["-p", "Hello", "-n", "30", "-t", "1.5", "--ignore-eos"]
+    first = json.loads(generate(model, *sampled, "--json").stdout)
+    again = json.loads(generate(model, *sampled, "--json", "--seed", str(first["seed"])).stdout)
+    other = json.loads(generate(model, *sampled, "--json", "--seed", "1").stdout)
+    tokens = [run["results"][0]["token_ids"] for run in (first, again, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_stop_ends_before_the_text(model: str) -> None:
+    whole = generate(model, "-p", "Hello", "-n", "40").stdout.decode()
+    stop = whole[20:23]
+    cut = generate(model, "-p", "Hello", "-n", "40", "--stop", stop).stdout.decode()
+    kept = generate(model, "-p", "Hello", "-n", "40", "--stop", stop, "--include-stop").stdout
+    assert cut == whole[: whole.index(stop)].removesuffix("\n") + "\n"
+    assert kept.decode() == (whole[: whole.index(stop)] + stop).removesuffix("\n") + "\n"
+
+
+# --- Where prompts come from ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["-p", "-"], ["-f", "-"]])
+def test_stdin_is_a_prompt_without_its_last_line_end(model: str, arguments: list[str]) -> None:
+    piped = generate(model, *arguments, "-n", "8", stdin=b"Hello\n")
+    assert piped.stdout == generate(model, "-p", "Hello", "-n", "8").stdout != b""
+
+
+def test_stdin_is_left_alone_when_a_prompt_is_given(model: str) -> None:
+    read_end, write_end = os.pipe()  # nobody ever writes: reading it would wait for ever
+    result = generate(model, "-p", "Hello", "-n", "2", stdin=read_end)
+    os.close(read_end)
+    os.close(write_end)
+    assert result.returncode == 0
+
+
+def test_prompt_file(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Hello\n")
+    from_file = generate(model, "-f", str(file), "-n", "8")
+    assert from_file.stdout == generate(model, "-p", "Hello", "-n", "8").stdout
+
+
+def test_closed_stdin_without_a_prompt(model: str) -> None:
+    result = generate(model, stdin=None, preexec_fn=lambda: os.close(0))
+    assert_error(result, 2, "standard input is closed")
+
+
+def test_a_terminal_without_a_prompt_is_a_usage_error(model: str) -> None:
+    ours, theirs = pty.openpty()
+    result = generate(model, stdin=theirs)
+    os.close(ours)
+    os.close(theirs)
+    assert_error(result, 2, "No prompt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "parts"),
+    [
+        ([], b"ab\xffcd", ("standard input", "byte 2", "0xff")),
+        (["-f", "/no/such/file"], b"", ("/no/such/file",)),
+        (["--prompt-ids", "1,x"], b"", ("1,x",)),
+        (["--prompt-ids", "1,99999"], b"", ("99999", "0 to ")),
+        (["-p", "-", "-f", "-"], b"", ("once",)),
+        (["-p", "x", "--raw", "--system", "y"], b"", ("--system",)),
+        (["-p", "x", "--system", "y"], b"", ("chat template",)),
+        (["-p", "x", "--chat"], b"", ("chat template",)),
+        (["-p", "x", "--logprobs", "2"], b"", ("--json",)),
+        (["-p", "x", "--json", "--jsonl"], b"", ("--json",)),
+        (["-p", "x", "--top-p", "1.5"], b"", ("top_p", "1.5")),
+        (["-p", "x", "-n", "0"], b"", ("max_tokens", "0")),
+        (["-p", "x", "-n", "1.5k!"], b"", ("1.5k!",)),
+        (["-p", "x", "--max-model-len", "1G"], b"", ("1073741824", "4096")),
+        (["-p", "x", "--no-such-option"], b"", ("--no-such-option",)),
+        (["-p", "x", "--generation-config", "/no/file"], b"", ("/no/file",)),
+    ],
+)
+def test_unusable_input_is_exit_2(
+    model: str, arguments: list[str], stdin: bytes, parts: tuple[str, ...]
+) -> None:
+    assert_error(generate(model, *arguments, stdin=stdin), 2, *parts)
+
+
+def test_a_prompt_too_long_names_both_numbers(model: str) -> None:
+    result = generate(model, stdin=b"y\n" * 50_000)
+    assert_error(result, 2, "The prompt has 100000 tokens", "4096", "at most 4095")
+
+
+def test_unknown_kernels_are_named(model: str) -> None:
+    result = generate(model, "-p", "x", environment={"TINYVLLM_CPU_ISA": "mmx"})
+    assert_error(result, 2, "mmx", "portable")
+
+
+# --- Models that cannot be used ---------------------------------------------------------------
+
+
+def test_missing_model_is_exit_3() -> None:
+    assert_error(generate("/no/such/model", "-p", "x"), 3, "/no/such/model")
+
+
+def test_damaged_model_is_exit_3(model: str, tmp_path: Path) -> None:
+    for file in Path(model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert_error(generate(str(tmp_path), "-p", "x"), 3, "model.safetensors", "bytes")
+
+
+def test_what_will_not_fit_is_exit_4(model: str, tmp_path: Path) -> None:
+    for file in Path(model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["max_position_embeddings"] = 1_500_000_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = generate(str(tmp_path), "-p", "x", "--max-model-len", "1500000000")
+    assert_error(result, 4, "1500000000", "GiB", "Lower max_model_len")
+
+
+def test_cuda_without_cuda_is_exit_5(model: str) -> None:
+    assert_error(generate(model, "-p", "x", "--device", "cuda"), 5, "cuda")
+
+
+# --- Pipes and signals ------------------------------------------------------------------------
+
+
+def long_run(model: str) -> list[str]:
+    return [*COMMAND, "generate", "-m", model, "-p", "x", "-n", "4000", "--ignore-eos"]
+
+
+def test_a_reader_that_goes_away_is_exit_141_and_no_message(model: str) -> None:
+    process = subprocess.Popen(long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_a_full_disk_is_exit_1(model: str) -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        process = subprocess.run(long_run(model), stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert process.returncode == 1
+    assert b"No space left on device" in process.stderr
+    assert process.stderr.count(b"\n") == 1
+
+
+def test_closed_stdout_is_exit_1(model: str) -> None:
+    result = subprocess.run(
+        long_run(model), stderr=subprocess.PIPE, timeout=60, preexec_fn=lambda: os.close(1)
+    )
+    assert result.returncode == 1
+    assert b"standard output is closed" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_keep_what_was_written(model: str, number: int, code: int) -> None:
+    whole = subprocess.run(long_run(model), capture_output=True, timeout=120).stdout
+    process = subprocess.Popen(long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    process.send_signal(number)
+    rest, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert stderr == b""
+    text = first + rest
+    assert text.endswith(b"\n")
+    assert whole.startswith(text.removesuffix(b"\n"))
+    assert len(text) < len(whole)
+
+
+def test_an_interrupted_json_run_still_says_what_there_is(model: str) -> None:
+    arguments = [*long_run(model), "-p", "y", "-p", "z", "--jsonl"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.readline()  # from here on, the second prompt is at work
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    reasons = [json.loads(line)["finish_reason"] for line in (first + rest).splitlines()]
+    assert reasons == ["length", "abort", "abort"]
+
+
+# --- Cost -------------------------------------------------------------------------------------
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that a run imports, by Python's own account."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tinyvllm.cli", *arguments],
+        capture_output=True,
+        timeout=60,
+    )
+    assert result.returncode == 0
+    lines = result.stderr.decode().splitlines()
+    return {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
+
+
+def test_help_imports_no_engine() -> None:
+    heavy = {"tinyvllm._core", "tinyvllm.llm", "numpy", "tokenizers", "jinja2", "huggingface_hub"}
+    assert not heavy & imported_by("--help")
+    assert not heavy & imported_by("generate", "--help")
+
+
+def test_generate_imports_only_what_it_uses(model: str) -> None:
+    unused = {"numpy", "torch", "jinja2", "huggingface_hub", "tqdm", "asyncio"}
+    assert not unused & imported_by("generate", "-m", model, "-p", "x", "-n", "1")
+
+
+# --- The bundled model ------------------------------------------------------------------------
+
+
+def test_the_bundled_model_continues_a_story() -> None:
+    result = tinyvllm("generate", "--raw", "-p", "Once upon a time", "--seed", "1")
+    text = result.stdout.decode()
+    assert result.returncode == 0
+    assert result.stderr == b""
+    assert len(text.split()) > 60
+    assert text.count(".") > 5
+
+
+@pytest.mark.parametrize(("adjective", "animal"), [("brave", "fox"), ("shy", "owl")])
+def test_the_bundled_model_tells_the_story_that_was_asked_for(adjective: str, animal: str) -> None:
+    request = f"Tell me a story about a {adjective} {animal}"
+    text = tinyvllm("generate", "-p", request, "-t", "0").stdout.decode()
+    assert f"{adjective} {animal}" in text
+    assert len(text.split()) > 60
