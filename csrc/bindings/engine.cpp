@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 
 #include <pybind11/numpy.h>
+#include <pybind11/operators.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
@@ -55,8 +56,11 @@ FinishReason parse_finish(const std::string& name) {
 // The sampling fields that the core knows, by name; stop strings and the like stay in Python.
 SamplingParams make_params(const py::kwargs& fields) {
   SamplingParams params;
+  std::size_t num_taken = 0;
   const auto take = [&](const char* name, auto& target) {
-    if (fields.contains(name)) target = fields[name].cast<std::decay_t<decltype(target)>>();
+    if (!fields.contains(name)) return;
+    target = fields[name].cast<std::decay_t<decltype(target)>>();
+    ++num_taken;
   };
   take("n", params.n);
   take("temperature", params.temperature);
@@ -72,25 +76,21 @@ SamplingParams make_params(const py::kwargs& fields) {
   take("max_tokens", params.max_tokens);
   take("min_tokens", params.min_tokens);
   take("logprobs", params.logprobs);
+  take("prompt_logprobs", params.prompt_logprobs);
   take("logit_bias", params.logit_bias);
+  if (num_taken != fields.size()) throw py::type_error("SamplingParams() got an unknown field");
   params.validate();
   return params;
 }
 
-py::object exception_of(const std::exception_ptr& error) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const CheckpointError& e) {
-    return py::module_::import("tinyvllm.errors").attr("CheckpointError")(e.what());
-  } catch (const std::exception& e) {
-    return py::module_::import("tinyvllm.errors").attr("TinyvllmError")(e.what());
-  }
+py::tuple logprobs_tuple(const TokenLogprobs& logprobs) {
+  return py::make_tuple(logprobs.chosen, logprobs.chosen_rank, logprobs.top_ids,
+                        logprobs.top_logprobs);
 }
 
 py::object optional_logprobs(const std::optional<TokenLogprobs>& logprobs) {
   if (!logprobs) return py::none();
-  return py::make_tuple(logprobs->chosen, logprobs->chosen_rank, logprobs->top_ids,
-                        logprobs->top_logprobs);
+  return logprobs_tuple(*logprobs);
 }
 
 void bind_step_output(py::module_& module) {
@@ -116,39 +116,71 @@ void bind_step_output(py::module_& module) {
           },
           "None, or (logprob of the token, its rank, best ids, their logprobs).")
       .def_property_readonly(
-          "errors",
+          "ended",
           [](const StepOutput& output) {
-            py::dict errors;
-            for (const auto& [id, error] : output.errors) errors[py::cast(id)] = exception_of(error);
-            return errors;
+            py::list ended;
+            for (const StepOutput::Ended& entry : output.ended) {
+              ended.append(py::make_tuple(
+                  entry.request, entry.num_cached_tokens,
+                  entry.error ? python_exception(entry.error, "TinyvllmError") : py::none()));
+            }
+            return ended;
           },
-          "Request id -> exception, for each finish of error.");
+          "(request id, cached tokens of its prompt, exception or None), once for each request.")
+      .def_property_readonly(
+          "prompt_logprobs",
+          [](const StepOutput& output) {
+            py::dict requests;
+            for (const auto& [id, tokens] : output.prompt_logprobs) {
+              py::list entries;
+              for (const TokenLogprobs& entry : tokens) entries.append(logprobs_tuple(entry));
+              requests[py::cast(id)] = entries;
+            }
+            return requests;
+          },
+          "Request id -> the logprobs of its prompt tokens but the first, as in `logprobs`.");
 }
 
 py::dict stats_of(const EngineStats& stats) {
-  return py::dict("num_requests_running"_a = stats.num_running,
-                  "num_requests_waiting"_a = stats.num_waiting, "num_blocks"_a = stats.num_blocks,
-                  "num_free_blocks"_a = stats.num_free_blocks, "num_steps"_a = stats.num_steps,
-                  "prompt_tokens"_a = stats.num_prompt_tokens,
-                  "generation_tokens"_a = stats.num_output_tokens);
+  return py::dict(
+      "num_requests_running"_a = stats.num_running, "num_requests_waiting"_a = stats.num_waiting,
+      "num_blocks"_a = stats.num_blocks, "num_free_blocks"_a = stats.num_free_blocks,
+      "num_cached_blocks"_a = stats.num_cached_blocks, "num_steps"_a = stats.num_steps,
+      "prompt_tokens"_a = stats.num_prefill_tokens, "generation_tokens"_a = stats.num_output_tokens,
+      "num_preemptions"_a = stats.scheduler.num_preemptions,
+      "prefix_cache_queries"_a = stats.scheduler.prefix_cache_queries,
+      "prefix_cache_hits"_a = stats.scheduler.prefix_cache_hits);
+}
+
+// Where everything is, for tests of the bookkeeping.
+py::dict snapshot_of(const Engine& engine) {
+  const EngineSnapshot snapshot = engine.snapshot();
+  py::list sequences;
+  for (const EngineSnapshot::Entry& entry : snapshot.sequences) {
+    sequences.append(py::dict("request"_a = entry.request, "sample"_a = entry.sample,
+                              "running"_a = entry.running, "num_slots"_a = entry.num_slots,
+                              "tokens"_a = entry.tokens, "num_computed"_a = entry.num_computed,
+                              "block_table"_a = entry.block_table));
+  }
+  return py::dict("sequences"_a = sequences, "block_counts"_a = snapshot.block_counts,
+                  "cached_blocks"_a = snapshot.cached_blocks);
 }
 
 py::dict info_of(const Engine& engine) {
   const Weights& weights = engine.model().weights();
   const KvShape one_block = engine.model().kv_shape(1, engine.block_size());
-  return py::dict("device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
-                  "num_threads"_a = engine.context().num_threads(),
-                  "dtype"_a = std::string(name_of(weights.compute)),
-                  "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
-                  "copied_weight_bytes"_a = weights.copied_bytes,
-                  "vocab_size"_a = engine.model().config().vocab_size,
-                  "model_max_position_embeddings"_a =
-                      engine.model().config().max_position_embeddings,
-                  "max_model_len"_a = engine.max_model_len(),
-                  "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
-                  "kv_cache_bytes_per_token"_a =
-                      one_block.bytes_per_block() / engine.block_size(),
-                  "warnings"_a = engine.checkpoint().warnings());
+  return py::dict(
+      "device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
+      "num_threads"_a = engine.context().num_threads(),
+      "dtype"_a = std::string(name_of(weights.compute)),
+      "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
+      "copied_weight_bytes"_a = weights.copied_bytes,
+      "vocab_size"_a = engine.model().config().vocab_size,
+      "model_max_position_embeddings"_a = engine.model().config().max_position_embeddings,
+      "max_model_len"_a = engine.max_model_len(),
+      "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
+      "kv_cache_bytes_per_token"_a = one_block.bytes_per_block() / engine.block_size(),
+      "warnings"_a = engine.checkpoint().warnings());
 }
 
 // Holds an engine until close(), so that its memory goes back then and not when Python collects it. A call
@@ -184,7 +216,8 @@ void bind_engine_class(py::module_& module) {
                        std::int64_t max_num_batched_tokens, std::int64_t block_size,
                        std::optional<std::int64_t> num_blocks,
                        std::optional<std::int64_t> kv_cache_memory_bytes, int num_threads,
-                       std::uint64_t seed, std::vector<std::int32_t> eos_token_ids) {
+                       std::uint64_t seed, bool prefix_caching, bool static_batching,
+                       std::uint64_t prefix_hash_mask, std::vector<std::int32_t> eos_token_ids) {
              const EngineConfig config{.dtype = parse_dtype(dtype),
                                        .max_model_len = max_model_len,
                                        .max_num_seqs = max_num_seqs,
@@ -194,6 +227,9 @@ void bind_engine_class(py::module_& module) {
                                        .kv_cache_memory_bytes = kv_cache_memory_bytes,
                                        .num_threads = num_threads,
                                        .seed = seed,
+                                       .prefix_caching = prefix_caching,
+                                       .static_batching = static_batching,
+                                       .prefix_hash_mask = prefix_hash_mask,
                                        .eos_token_ids = std::move(eos_token_ids)};
              const py::gil_scoped_release release;
              return EngineHandle(std::make_shared<Engine>(model, config));
@@ -201,12 +237,15 @@ void bind_engine_class(py::module_& module) {
            "model"_a, py::kw_only(), "dtype"_a = "auto", "max_model_len"_a = py::none(),
            "max_num_seqs"_a = 256, "max_num_batched_tokens"_a = 2048, "block_size"_a = 16,
            "num_blocks"_a = py::none(), "kv_cache_memory_bytes"_a = py::none(), "num_threads"_a = 0,
-           "seed"_a = 0, "eos_token_ids"_a = std::vector<std::int32_t>())
+           "seed"_a = 0, "prefix_caching"_a = true, "static_batching"_a = false,
+           "prefix_hash_mask"_a = ~std::uint64_t{0},
+           "eos_token_ids"_a = std::vector<std::int32_t>())
       .def(
           "add_request",
           [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
              const SamplingParams& params) {
-            handle.unlocked([&](Engine& engine) { engine.add_request(id, std::move(prompt), params); });
+            handle.unlocked(
+                [&](Engine& engine) { engine.add_request(id, std::move(prompt), params); });
           },
           "id"_a, "prompt"_a, "params"_a)
       .def("step",
@@ -227,6 +266,11 @@ void bind_engine_class(py::module_& module) {
             handle.unlocked([&](Engine& engine) { engine.abort(id); });
           },
           "id"_a)
+      .def("reset_prefix_cache",
+           [](const EngineHandle& handle) {
+             return handle.unlocked([](Engine& engine) { return engine.reset_prefix_cache(); });
+           })
+      .def("snapshot", [](const EngineHandle& handle) { return snapshot_of(handle.get()); })
       .def("has_unfinished",
            [](const EngineHandle& handle) {
              return handle.unlocked([](Engine& engine) { return engine.has_unfinished(); });
@@ -246,17 +290,18 @@ class Model {
         std::int64_t block_size)
       : checkpoint_(Checkpoint::open(directory)),
         ctx_(num_threads),
-        dtype_(parse_dtype(dtype).value_or(checkpoint_.dtype() == DType::kFloat32
-                                               ? DType::kFloat32
-                                               : DType::kBFloat16)),
+        dtype_(parse_dtype(dtype).value_or(
+            checkpoint_.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16)),
         block_size_(block_size) {}
 
   py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) {
     const std::int64_t total = token_ids.size(), vocab = checkpoint_.config().vocab_size;
-    if (total == 0 || chunk_size < 0) throw InvalidRequestError("Give tokens and a chunk size >= 0.");
+    if (total == 0 || chunk_size < 0)
+      throw InvalidRequestError("Give tokens and a chunk size >= 0.");
     const std::span<const std::int32_t> tokens(token_ids.data(), static_cast<std::size_t>(total));
     for (const std::int32_t token : tokens) {
-      if (token < 0 || token >= vocab) throw InvalidRequestError("A token id is not in the vocabulary.");
+      if (token < 0 || token >= vocab)
+        throw InvalidRequestError("A token id is not in the vocabulary.");
     }
     py::array_t<float> out({total, vocab});
     float* target = out.mutable_data();
@@ -281,13 +326,13 @@ class Model {
         slots.push_back(block * block_size_ + position % block_size_);
       }
       const BatchSequence sequence{0, count, first, table.data()};
-      const MutTensorView result = model.forward(
-          {.tokens = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)),
-           .positions = positions,
-           .slots = slots,
-           .sequences = {&sequence, 1},
-           .logit_rows = rows},
-          kv);
+      model.forward({.tokens = tokens.subspan(static_cast<std::size_t>(first),
+                                              static_cast<std::size_t>(count)),
+                     .positions = positions,
+                     .slots = slots,
+                     .sequences = {&sequence, 1}},
+                    kv);
+      const MutTensorView result = model.logits(rows);
       std::copy_n(result.row<float>(0), count * vocab, target + first * vocab);
     }
     checkpoint_.check_files();
@@ -301,57 +346,83 @@ class Model {
   const std::int64_t block_size_;
 };
 
+// A pool and its cache in one, because neither can be used without the other.
+struct CachedPool {
+  PrefixCache cache;
+  BlockPool pool;
+  CachedPool(std::int64_t num_blocks, std::uint64_t hash_mask)
+      : cache(num_blocks, hash_mask), pool(num_blocks, cache) {}
+};
+
 void bind_parts(py::module_& module) {
   py::class_<Model>(module, "Model", "The forward pass alone, for tests and for study.")
       .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t>(),
            "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16)
       .def("logits", &Model::logits, "token_ids"_a, "chunk_size"_a = 0,
-           "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in chunks.");
+           "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in "
+           "chunks.");
 
-  py::class_<BlockPool>(module, "BlockPool", "See csrc/engine/block_pool.h.")
-      .def(py::init<std::int64_t>(), "num_blocks"_a)
+  py::class_<CachedPool>(module, "BlockPool", "See csrc/engine/block_pool.h and prefix_cache.h.")
+      .def(py::init<std::int64_t, std::uint64_t>(), "num_blocks"_a,
+           "prefix_hash_mask"_a = ~std::uint64_t{0})
+      .def("allocate", [](CachedPool& self) { return self.pool.allocate(); })
       .def(
-          "grow",
-          [](BlockPool& pool, std::vector<std::int32_t> table, std::int64_t num_tokens,
-             std::int64_t block_size) {
-            const bool grown = pool.grow(table, num_tokens, block_size);
-            return py::make_tuple(grown, table);
+          "share", [](CachedPool& self, BlockId block) { self.pool.share(block); }, "block"_a)
+      .def(
+          "release", [](CachedPool& self, BlockId block) { self.pool.release(block); }, "block"_a)
+      .def(
+          "forget", [](CachedPool& self, BlockId block) { self.pool.forget(block); }, "block"_a)
+      .def("count", [](const CachedPool& self, BlockId block) { return self.pool.count(block); })
+      .def(
+          "publish",
+          [](CachedPool& self, BlockId block, const ContentKey& before,
+             const std::vector<std::int32_t>& tokens) {
+            return self.cache.publish(block, before, tokens);
           },
-          "block_table"_a, "num_tokens"_a, "block_size"_a, "Returns (whether it grew, the table).")
+          "block"_a, "before"_a, "tokens"_a)
       .def(
-          "release",
-          [](BlockPool& pool, std::vector<std::int32_t> table) { pool.release(table); },
-          "block_table"_a)
-      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
-      .def_property_readonly("num_free", &BlockPool::num_free)
-      .def_property_readonly("num_used", &BlockPool::num_used);
+          "find",
+          [](const CachedPool& self, const ContentKey& before,
+             const std::vector<std::int32_t>& tokens) { return self.cache.find(before, tokens); },
+          "before"_a, "tokens"_a)
+      .def("key_of", [](const CachedPool& self, BlockId block) { return self.cache.key_of(block); })
+      .def_property_readonly("num_blocks", [](const CachedPool& s) { return s.pool.num_blocks(); })
+      .def_property_readonly("num_free", [](const CachedPool& s) { return s.pool.num_free(); })
+      .def_property_readonly("num_used", [](const CachedPool& s) { return s.pool.num_used(); })
+      .def_property_readonly("num_cached", [](const CachedPool& s) { return s.pool.num_cached(); });
+  py::class_<ContentKey>(module, "ContentKey", "See csrc/engine/prefix_cache.h.")
+      .def(py::init())
+      .def_readonly("serial", &ContentKey::serial)
+      .def(py::self == py::self);
 
   module.def(
       "sample",
       [](const SamplingParams& params, const std::vector<float>& logits,
          const std::vector<std::int32_t>& prompt, const std::vector<std::int32_t>& output,
-         std::uint64_t seed, std::vector<std::int32_t> eos_token_ids) {
+         std::uint64_t seed, std::vector<std::int32_t> eos_token_ids, std::int32_t sample_index) {
         Request request;
         request.params = params;
         request.seed = params.seed.value_or(seed);
         request.num_prompt_tokens = prompt.size();
-        request.tokens = prompt;
-        request.tokens.insert(request.tokens.end(), output.begin(), output.end());
-        for (const std::int32_t token : output) ++request.output_counts[token];
+        Sequence sequence;
+        sequence.request = &request;
+        sequence.tokens = prompt;
+        sequence.tokens.insert(sequence.tokens.end(), output.begin(), output.end());
+        for (const std::int32_t token : output) ++sequence.output_counts[token];
         params.validate_for(static_cast<std::int64_t>(logits.size()));
-        for (const auto* ids : {&request.tokens, &eos_token_ids}) {
+        for (const auto* ids : {&sequence.tokens, &eos_token_ids}) {
           for (const std::int32_t token : *ids) {
             if (token < 0 || static_cast<std::size_t>(token) >= logits.size()) {
               throw InvalidRequestError("sample: a token id is outside the logits.");
             }
           }
         }
-        std::vector<float> row = logits;
-        const Sample sample = Sampler(std::move(eos_token_ids)).sample(request, row);
+        const Sample sample =
+            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits);
         return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
       },
       "params"_a, "logits"_a, "prompt"_a, "output"_a, "seed"_a = 0,
-      "eos_token_ids"_a = std::vector<std::int32_t>(),
+      "eos_token_ids"_a = std::vector<std::int32_t>(), "sample_index"_a = 0,
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
   module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
@@ -367,7 +438,8 @@ void bind_engine(py::module_& module) {
   bind_parts(module);
   module.def("supported_isas", &supported_isas, "CPU kernel sets that run here, best first.");
   module.def("default_num_threads", &default_num_threads);
-  module.def("available_memory", &available_memory, "Bytes that this process could still allocate.");
+  module.def("available_memory", &available_memory,
+             "Bytes that this process could still allocate.");
 }
 
 }  // namespace tinyvllm

@@ -1,4 +1,6 @@
 // The Python module tinyvllm._core: puts its parts together and turns C++ errors into Python's.
+#include <new>
+
 #include "base/errors.h"
 #include "bindings/bindings.h"
 
@@ -7,31 +9,43 @@ namespace py = pybind11;
 namespace tinyvllm {
 namespace {
 
-void raise(const char* name, const Error& error) {
-  const py::object type = py::module_::import("tinyvllm.errors").attr(name);
-  PyErr_SetString(type.ptr(), error.what());
+py::object make(const char* name, const std::exception& error) {
+  return py::module_::import("tinyvllm.errors").attr(name)(error.what());
 }
 
+// Errors of our own; pybind11 knows what to make of the others.
 void translate(std::exception_ptr pending) {
   if (!pending) return;
   try {
     std::rethrow_exception(pending);
-  } catch (const CheckpointError& error) {
-    raise("CheckpointError", error);
-  } catch (const UnsupportedModelError& error) {
-    raise("UnsupportedModelError", error);
-  } catch (const CapacityError& error) {
-    raise("CapacityError", error);
-  } catch (const DeviceError& error) {
-    raise("DeviceError", error);
-  } catch (const InvalidRequestError& error) {
-    raise("InvalidRequestError", error);
-  } catch (const Error& error) {
-    raise("TinyvllmError", error);
+  } catch (const Error&) {
+    const py::object exception = python_exception(pending, "TinyvllmError");
+    PyErr_SetObject(py::type::of(exception).ptr(), exception.ptr());
   }
 }
 
 }  // namespace
+
+py::object python_exception(const std::exception_ptr& error, const char* otherwise) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const CheckpointError& e) {
+    return make("CheckpointError", e);
+  } catch (const UnsupportedModelError& e) {
+    return make("UnsupportedModelError", e);
+  } catch (const CapacityError& e) {
+    return make("CapacityError", e);
+  } catch (const DeviceError& e) {
+    return make("DeviceError", e);
+  } catch (const InvalidRequestError& e) {
+    return make("InvalidRequestError", e);
+  } catch (const std::bad_alloc& e) {
+    return make("CapacityError", e);
+  } catch (const std::exception& e) {
+    return make(otherwise, e);
+  }
+}
+
 }  // namespace tinyvllm
 
 PYBIND11_MODULE(_core, module) {

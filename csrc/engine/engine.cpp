@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
+#include <map>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "base/errors.h"
 #include "base/host.h"
@@ -22,6 +26,9 @@ void require(bool holds, const char* field, std::int64_t value, const std::strin
   throw InvalidRequestError(std::string(field) + " is " + std::to_string(value) + "; it must be " +
                             range + ".");
 }
+
+// The most prompt rows that pass the output matrix at a time: [64, vocab] floats are 32 MB at 128k tokens.
+constexpr std::int64_t kPromptLogprobRows = 64;
 
 // The config, if its numbers are in range.
 EngineConfig checked(const EngineConfig& config) {
@@ -90,10 +97,10 @@ bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-void emit(StepOutput& output, RequestId id, std::int32_t token, FinishReason finish,
-          std::optional<TokenLogprobs> logprobs = std::nullopt) {
-  output.request.push_back(id);
-  output.sample.push_back(0);
+void emit(StepOutput& output, const Sequence& sequence, std::int32_t sample, std::int32_t token,
+          FinishReason finish, std::optional<TokenLogprobs> logprobs = std::nullopt) {
+  output.request.push_back(sequence.request->id);
+  output.sample.push_back(sample);
   output.token.push_back(token);
   output.finish.push_back(finish);
   output.logprobs.push_back(std::move(logprobs));
@@ -106,14 +113,20 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
       checkpoint_(Checkpoint::open(model)),
       ctx_(config.num_threads),
       model_(ctx_, checkpoint_, compute_dtype(config, checkpoint_), config.max_num_batched_tokens,
-             config.max_num_seqs),
+             std::max(config.max_num_seqs, kPromptLogprobRows)),
       num_blocks_(choose_num_blocks(model_.kv_shape(1, config.block_size))),
       max_model_len_(choose_max_model_len(
           config, model_.config(), num_blocks_ * config.block_size,
           model_.kv_shape(1, config.block_size).bytes_per_block() / config.block_size)),
       kv_cache_(model_.kv_shape(num_blocks_, config.block_size)),
-      pool_(num_blocks_),
-      scheduler_(pool_, config.block_size, config.max_num_batched_tokens),
+      prefix_cache_(num_blocks_, config.prefix_hash_mask),
+      pool_(num_blocks_, prefix_cache_),
+      scheduler_({.max_num_batched_tokens = config.max_num_batched_tokens,
+                  .max_num_seqs = config.max_num_seqs,
+                  .block_size = config.block_size,
+                  .prefix_caching = config.prefix_caching,
+                  .static_batching = config.static_batching},
+                 pool_, prefix_cache_),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, model_.config().vocab_size)),
       sampler_(eos_token_ids_) {
   checkpoint_.check_files();
@@ -148,137 +161,262 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
   }
   for (std::size_t i = 0; i < prompt.size(); ++i) {
     if (prompt[i] < 0 || prompt[i] >= vocab) {
-      throw InvalidRequestError("Prompt token " + std::to_string(i) + " is " +
-                                std::to_string(prompt[i]) + "; the model's vocabulary has the ids 0 to " +
-                                std::to_string(vocab - 1) + ".");
+      throw InvalidRequestError(
+          "Prompt token " + std::to_string(i) + " is " + std::to_string(prompt[i]) +
+          "; the model's vocabulary has the ids 0 to " + std::to_string(vocab - 1) + ".");
     }
   }
   const auto num_prompt_tokens = static_cast<std::int64_t>(prompt.size());
   if (num_prompt_tokens >= max_model_len_) {
+    throw InvalidRequestError("The prompt has " + std::to_string(num_prompt_tokens) +
+                              " tokens and max_model_len is " + std::to_string(max_model_len_) +
+                              "; prompt and output share it. Shorten the prompt to at most " +
+                              std::to_string(max_model_len_ - 1) + " tokens" +
+                              (max_model_len_ < model_.config().max_position_embeddings
+                                   ? ", or raise max_model_len."
+                                   : "."));
+  }
+
+  if (params.n > config_.max_num_seqs) {
     throw InvalidRequestError(
-        "The prompt has " + std::to_string(num_prompt_tokens) + " tokens and max_model_len is " +
-        std::to_string(max_model_len_) + "; prompt and output share it. Shorten the prompt to at most " +
-        std::to_string(max_model_len_ - 1) + " tokens" +
-        (max_model_len_ < model_.config().max_position_embeddings ? ", or raise max_model_len."
-                                                                  : "."));
+        "n is " + std::to_string(params.n) + " and max_num_seqs is " +
+        std::to_string(config_.max_num_seqs) +
+        "; all outputs of a request run together. Lower n or raise max_num_seqs.");
   }
 
   const std::lock_guard lock(mutex_);
-  const bool unreported = std::any_of(ended_.begin(), ended_.end(),
-                                      [id](const auto& ended) { return ended.first == id; });
-  if (scheduler_.contains(id) || unreported) {
+  if (requests_.contains(id)) {
     throw InvalidRequestError("Request id " + std::to_string(id) + " is in use. Choose another.");
   }
   auto request = std::make_unique<Request>();
   request->id = id;
   request->params = params;
-  request->seed = params.seed ? *params.seed : derived_seed(config_.seed, num_arrivals_);
+  request->arrival = num_arrivals_++;
+  request->seed = params.seed ? *params.seed : derived_seed(config_.seed, request->arrival);
   request->max_total_tokens = max_model_len_;
   if (params.max_tokens && *params.max_tokens < max_model_len_ - num_prompt_tokens) {
     request->max_total_tokens = num_prompt_tokens + *params.max_tokens;
   }
   request->num_prompt_tokens = prompt.size();
-  request->tokens = std::move(prompt);
-  scheduler_.add(std::move(request));
-  ++num_arrivals_;
+  request->num_unfinished = params.n;
+  auto sequence = std::make_unique<Sequence>();
+  sequence->request = request.get();
+  sequence->stands_for_all = params.n > 1;
+  sequence->tokens = std::move(prompt);
+  scheduler_.add(std::move(sequence));
+  requests_.emplace(id, std::move(request));
 }
 
 StepOutput Engine::step() {
   const std::lock_guard lock(mutex_);
-  StepOutput output;
-  for (const auto& [id, reason] : std::exchange(ended_, {})) emit(output, id, -1, reason);
-
-  const std::vector<ScheduledRequest> scheduled = scheduler_.schedule();
-  if (scheduled.empty()) return output;
+  StepOutput output = std::exchange(reported_, {});
+  const ScheduledStep step = scheduler_.schedule();
+  if (step.sequences.empty()) return output;
   ++totals_.num_steps;
-  StepOutput tokens;
   try {
-    run(scheduled, tokens);
+    run(step, output);
   } catch (...) {
-    for (const auto& [request, num_tokens] : scheduled) {
-      const RequestId id = request->id;
-      scheduler_.remove(id);
-      emit(output, id, -1, FinishReason::kError);
-      output.errors.emplace_back(id, std::current_exception());
-    }
-    return output;
-  }
-  for (std::size_t i = 0; i < tokens.request.size(); ++i) {
-    emit(output, tokens.request[i], tokens.token[i], tokens.finish[i], std::move(tokens.logprobs[i]));
-    if (tokens.finish[i] != FinishReason::kNone) scheduler_.remove(tokens.request[i]);
+    scheduler_.forget(step);
+    std::set<RequestId> failed;
+    for (const auto& [sequence, num_tokens] : step.sequences) failed.insert(sequence->request->id);
+    for (const RequestId id : failed) fail(id, std::current_exception(), output);
   }
   return output;
 }
 
-void Engine::run(const std::vector<ScheduledRequest>& scheduled, StepOutput& output) {
-  // The flat batch: the scheduled tokens of every request, one request after the other.
-  std::vector<std::int32_t> tokens, positions, logit_rows;
-  std::vector<std::int64_t> slots;
-  std::vector<BatchSequence> sequences;
-  std::vector<Request*> sampled;
-  for (const auto& [request, num_tokens] : scheduled) {
-    const auto first = static_cast<std::int64_t>(request->num_computed_tokens);
-    sequences.push_back({.first_token = static_cast<std::int64_t>(tokens.size()),
-                         .num_tokens = num_tokens,
-                         .first_position = first,
-                         .block_table = request->block_table.data()});
-    for (std::int64_t position = first; position < first + num_tokens; ++position) {
-      const auto index = static_cast<std::size_t>(position / config_.block_size);
-      tokens.push_back(request->tokens[static_cast<std::size_t>(position)]);
-      positions.push_back(static_cast<std::int32_t>(position));
-      slots.push_back(std::int64_t{request->block_table[index]} * config_.block_size +
-                      position % config_.block_size);
-    }
-    if (first + num_tokens == static_cast<std::int64_t>(request->tokens.size())) {
-      logit_rows.push_back(static_cast<std::int32_t>(tokens.size() - 1));
-      sampled.push_back(request);
-    }
-  }
+// One forward pass, and what its logits become. Output gets nothing before all that can fail is done.
+void Engine::run(const ScheduledStep& step, StepOutput& output) {
+  std::vector<std::int32_t> last_rows;  // of the sequences whose next token is due
+  compute(step, last_rows);
 
-  const MutTensorView logits = model_.forward({.tokens = tokens,
-                                               .positions = positions,
-                                               .slots = slots,
-                                               .sequences = sequences,
-                                               .logit_rows = logit_rows},
-                                              kv_cache_);
+  std::vector<Sequence*> due;  // in the order of last_rows
+  for (const auto& [sequence, num_tokens] : step.sequences) {
+    const std::size_t computed =
+        sequence->num_computed_tokens + static_cast<std::size_t>(num_tokens);
+    if (computed == sequence->tokens.size()) due.push_back(sequence);
+  }
+  // Forks draw from the row of the sequence that stands for them: only their sample numbers differ.
+  // A row that cannot be sampled fails its own request and no other.
+  std::vector<std::vector<Sample>> samples(due.size());
+  std::vector<std::exception_ptr> errors(due.size());
+  const MutTensorView logits = model_.logits(last_rows);
+  ctx_.parallel_for(std::ssize(due), [&](std::int64_t i, int) {
+    const auto index = static_cast<std::size_t>(i);
+    const std::span<const float> row(logits.row<float>(i), static_cast<std::size_t>(logits.cols));
+    const Sequence& sequence = *due[index];
+    const std::int32_t end = sequence.sample + static_cast<std::int32_t>(sequence.num_slots());
+    try {
+      for (std::int32_t sample = sequence.sample; sample < end; ++sample) {
+        samples[index].push_back(sampler_.sample(sequence, sample, row));
+      }
+    } catch (...) {
+      errors[index] = std::current_exception();
+    }
+  });
+  StepOutput prompt_output;
+  add_prompt_logprobs(step, prompt_output);
   // Zeros were read in place of a page that is gone: nothing of this step may leave.
   if (checkpoint_.any_file_failed()) checkpoint_.check_files();
-  std::vector<Sample> samples;
-  for (std::size_t i = 0; i < sampled.size(); ++i) {
-    samples.push_back(sampler_.sample(*sampled[i], {logits.row<float>(static_cast<std::int64_t>(i)),
-                                                    static_cast<std::size_t>(logits.cols)}));
-  }
 
-  for (const auto& [request, num_tokens] : scheduled) {
-    const auto prompt_left = static_cast<std::int64_t>(request->num_prompt_tokens) -
-                             static_cast<std::int64_t>(request->num_computed_tokens);
-    totals_.num_prompt_tokens += std::clamp<std::int64_t>(prompt_left, 0, num_tokens);
-    request->num_computed_tokens += static_cast<std::size_t>(num_tokens);
+  for (const auto& [sequence, num_tokens] : step.sequences) {
+    const std::int64_t prompt_left =
+        static_cast<std::int64_t>(sequence->request->num_prompt_tokens) -
+        static_cast<std::int64_t>(sequence->num_computed_tokens);
+    totals_.num_prefill_tokens += std::clamp<std::int64_t>(prompt_left, 0, num_tokens);
+    sequence->num_computed_tokens += static_cast<std::size_t>(num_tokens);
   }
-  for (std::size_t i = 0; i < sampled.size(); ++i) {
-    const FinishReason finish = accept(*sampled[i], samples[i].token);
-    emit(output, sampled[i]->id, samples[i].token, finish, std::move(samples[i].logprobs));
-    ++totals_.num_output_tokens;
+  output.prompt_logprobs = std::move(prompt_output.prompt_logprobs);
+  std::map<RequestId, std::exception_ptr> failed;
+  for (std::size_t i = 0; i < due.size(); ++i) {
+    if (errors[i]) {
+      failed.emplace(due[i]->request->id, errors[i]);
+      continue;
+    }
+    std::vector<Sequence*> sequences = {due[i]};
+    if (due[i]->stands_for_all) {
+      const std::vector<Sequence*> children = scheduler_.fork(*due[i]);
+      sequences.insert(sequences.end(), children.begin(), children.end());
+    }
+    for (std::size_t k = 0; k < sequences.size(); ++k) {
+      accept(*sequences[k], std::move(samples[i][k]), output);
+    }
+  }
+  for (const auto& [id, error] : failed) fail(id, error, output);
+}
+
+// The forward pass over the scheduled tokens of every sequence, one sequence after the other. Appends the
+// rows of the batch whose logits give a next token.
+void Engine::compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows) {
+  std::vector<std::int32_t> tokens, positions;
+  std::vector<std::int64_t> slots;
+  std::vector<BatchSequence> sequences;
+  for (const auto& [sequence, num_tokens] : step.sequences) {
+    const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
+    sequences.push_back({.first_token = std::ssize(tokens),
+                         .num_tokens = num_tokens,
+                         .first_position = first,
+                         .block_table = sequence->block_table.data()});
+    for (std::int64_t position = first; position < first + num_tokens; ++position) {
+      const auto index = static_cast<std::size_t>(position / config_.block_size);
+      tokens.push_back(sequence->tokens[static_cast<std::size_t>(position)]);
+      positions.push_back(static_cast<std::int32_t>(position));
+      slots.push_back(std::int64_t{sequence->block_table[index]} * config_.block_size +
+                      position % config_.block_size);
+    }
+    if (first + num_tokens == std::ssize(sequence->tokens)) {
+      last_rows.push_back(static_cast<std::int32_t>(tokens.size() - 1));
+    }
+  }
+  for (const auto& [from, to] : step.copies) kv_cache_.copy_block(from, to);
+  model_.forward({.tokens = tokens, .positions = positions, .slots = slots, .sequences = sequences},
+                 kv_cache_);
+}
+
+// Row t of a prompt gives the logprobs of token t + 1. Rows whose results are there already, from before a
+// preemption, are left out.
+void Engine::add_prompt_logprobs(const ScheduledStep& step, StepOutput& output) {
+  std::int64_t first_row = 0;  // of the sequence in the batch
+  for (const auto& [sequence, num_tokens] : step.sequences) {
+    Request& request = *sequence->request;
+    const std::int64_t first = static_cast<std::int64_t>(sequence->num_computed_tokens);
+    std::int64_t position = std::max(first, std::ssize(request.prompt_logprobs));
+    const std::int64_t end =
+        std::min(first + num_tokens, static_cast<std::int64_t>(request.num_prompt_tokens) - 1);
+    const bool wanted = request.wants_prompt_logprobs();
+    while (wanted && position < end) {
+      const std::int64_t count = std::min(kPromptLogprobRows, end - position);
+      std::vector<std::int32_t> rows;
+      for (std::int64_t i = 0; i < count; ++i) {
+        rows.push_back(static_cast<std::int32_t>(first_row + position - first + i));
+      }
+      const MutTensorView logits = model_.logits(rows);
+      std::vector<TokenLogprobs> entries(rows.size());
+      ctx_.parallel_for(count, [&](std::int64_t i, int) {
+        entries[static_cast<std::size_t>(i)] =
+            top_logprobs({logits.row<float>(i), static_cast<std::size_t>(logits.cols)},
+                         sequence->tokens[static_cast<std::size_t>(position + i + 1)],
+                         *request.params.prompt_logprobs);
+      });
+      std::move(entries.begin(), entries.end(), std::back_inserter(request.prompt_logprobs));
+      position += count;
+    }
+    if (wanted && !request.wants_prompt_logprobs()) {
+      output.prompt_logprobs.emplace_back(request.id, request.prompt_logprobs);
+    }
+    first_row += num_tokens;
   }
 }
 
-FinishReason Engine::accept(Request& request, std::int32_t token) const {
-  request.tokens.push_back(token);
-  if (request.params.has_penalties()) ++request.output_counts[token];
+void Engine::accept(Sequence& sequence, Sample sample, StepOutput& output) {
+  const Request& request = *sequence.request;
+  const std::int32_t token = sample.token;
+  sequence.tokens.push_back(token);
+  if (request.params.has_penalties()) ++sequence.output_counts[token];
+  ++totals_.num_output_tokens;
+
+  FinishReason finish = FinishReason::kNone;
   const bool is_eos = !request.params.ignore_eos && contains(eos_token_ids_, token);
-  if (is_eos || contains(request.params.stop_token_ids, token)) return FinishReason::kStop;
-  const auto length = static_cast<std::int64_t>(request.tokens.size());
-  return length >= request.max_total_tokens ? FinishReason::kLength : FinishReason::kNone;
+  if (is_eos || contains(request.params.stop_token_ids, token)) {
+    finish = FinishReason::kStop;
+  } else if (std::ssize(sequence.tokens) >= request.max_total_tokens) {
+    finish = FinishReason::kLength;
+  }
+  emit(output, sequence, sequence.sample, token, finish, std::move(sample.logprobs));
+  if (finish != FinishReason::kNone) end(sequence, output);
 }
 
-void Engine::finish(RequestId id, std::int32_t /*sample*/, FinishReason reason) {
+// Drops a sequence whose last event is out, and its request after the last one.
+void Engine::end(const Sequence& sequence, StepOutput& output, std::exception_ptr error) {
+  Request& request = *sequence.request;
+  request.num_unfinished -= static_cast<std::int32_t>(sequence.num_slots());
+  scheduler_.remove(sequence);
+  if (request.num_unfinished > 0) return;
+  output.ended.push_back({request.id, std::max<std::int64_t>(0, request.num_cached_tokens), error});
+  requests_.erase(request.id);
+}
+
+// Ends a sequence, and all that it stands for, without another token.
+void Engine::cut_off(const Sequence& sequence, FinishReason reason, StepOutput& output,
+                     std::exception_ptr error) {
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(sequence.num_slots()); ++i) {
+    emit(output, sequence, sequence.sample + i, -1, reason);
+  }
+  end(sequence, output, error);
+}
+
+// Ends all that is left of a request with an error.
+void Engine::fail(RequestId id, const std::exception_ptr& error, StepOutput& output) {
+  for (const Sequence* sequence : scheduler_.find(id)) {
+    cut_off(*sequence, FinishReason::kError, output, error);
+  }
+}
+
+void Engine::finish(RequestId id, std::int32_t sample, FinishReason reason) {
   const std::lock_guard lock(mutex_);
-  if (scheduler_.remove(id) != nullptr) ended_.emplace_back(id, reason);
+  for (const Sequence* sequence : scheduler_.find(id)) {
+    if (sequence->sample == sample && !sequence->stands_for_all) {
+      cut_off(*sequence, reason, reported_);
+    }
+  }
+}
+
+void Engine::abort(RequestId id) {
+  const std::lock_guard lock(mutex_);
+  for (const Sequence* sequence : scheduler_.find(id)) {
+    cut_off(*sequence, FinishReason::kAbort, reported_);
+  }
+}
+
+bool Engine::reset_prefix_cache() {
+  const std::lock_guard lock(mutex_);
+  if (!requests_.empty()) return false;
+  for (BlockId block = 0; block < pool_.num_blocks(); ++block) pool_.forget(block);
+  return true;
 }
 
 bool Engine::has_unfinished() const {
   const std::lock_guard lock(mutex_);
-  return !ended_.empty() || scheduler_.num_running() + scheduler_.num_waiting() > 0;
+  return !requests_.empty() || !reported_.ended.empty() || !reported_.request.empty();
 }
 
 EngineStats Engine::stats() const {
@@ -288,7 +426,24 @@ EngineStats Engine::stats() const {
   stats.num_waiting = scheduler_.num_waiting();
   stats.num_blocks = pool_.num_blocks();
   stats.num_free_blocks = pool_.num_free();
+  stats.num_cached_blocks = prefix_cache_.size();
+  stats.scheduler = scheduler_.stats();
   return stats;
+}
+
+EngineSnapshot Engine::snapshot() const {
+  const std::lock_guard lock(mutex_);
+  EngineSnapshot snapshot;
+  scheduler_.visit([&](const Sequence& sequence, bool running) {
+    snapshot.sequences.push_back({sequence.request->id, sequence.sample, running,
+                                  sequence.num_slots(), sequence.tokens,
+                                  sequence.num_computed_tokens, sequence.block_table});
+  });
+  for (BlockId block = 0; block < pool_.num_blocks(); ++block) {
+    snapshot.block_counts.push_back(pool_.count(block));
+    if (prefix_cache_.contains(block)) snapshot.cached_blocks.push_back(block);
+  }
+  return snapshot;
 }
 
 }  // namespace tinyvllm

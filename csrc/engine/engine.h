@@ -10,11 +10,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
 #include "engine/block_pool.h"
+#include "engine/prefix_cache.h"
 #include "engine/request.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
@@ -37,24 +39,55 @@ struct EngineConfig {
   std::optional<std::int64_t> kv_cache_memory_bytes;
   int num_threads = 0;  // 0: one a physical core
   std::uint64_t seed = 0;
-  std::vector<std::int32_t> eos_token_ids;  // those outside the vocabulary are ignored
+  bool prefix_caching = true;
+  bool static_batching =
+      false;  // admit only when nothing runs; to measure what continuous batching gains
+  std::uint64_t prefix_hash_mask = ~std::uint64_t{0};  // see PrefixCache; for tests
+  std::vector<std::int32_t> eos_token_ids;             // those outside the vocabulary are ignored
 };
 
-// What one step produced, as parallel arrays with an entry an event. An event is a new token, the end of
-// a request, or both.
+// What one step produced. Events come as parallel arrays, with an entry for each: a new token of an output,
+// the end of that output, or both. A request has ended when all its outputs have.
 struct StepOutput {
   std::vector<RequestId> request;
   std::vector<std::int32_t> sample;  // which of the request's n outputs
   std::vector<std::int32_t> token;   // -1: no token, only the end
   std::vector<FinishReason> finish;
   std::vector<std::optional<TokenLogprobs>> logprobs;
-  std::vector<std::pair<RequestId, std::exception_ptr>> errors;  // one for each kError
+
+  struct Ended {
+    RequestId request;
+    std::int64_t num_cached_tokens;  // of its prompt, found in the prefix cache
+    std::exception_ptr error;        // where its outputs ended with kError
+  };
+  std::vector<Ended> ended;  // exactly one a request, after its last output
+  // Of prompt token 1, 2, ..., once the whole prompt is computed, where SamplingParams asks for them.
+  std::vector<std::pair<RequestId, std::vector<TokenLogprobs>>> prompt_logprobs;
 };
 
 struct EngineStats {
-  std::int64_t num_running = 0, num_waiting = 0;
-  std::int64_t num_blocks = 0, num_free_blocks = 0;
-  std::int64_t num_steps = 0, num_prompt_tokens = 0, num_output_tokens = 0;
+  std::int64_t num_running = 0, num_waiting = 0;  // sequences
+  std::int64_t num_blocks = 0, num_free_blocks = 0, num_cached_blocks = 0;
+  std::int64_t num_steps = 0;
+  std::int64_t num_prefill_tokens = 0;  // computed; those of preempted sequences count again
+  std::int64_t num_output_tokens = 0;
+  SchedulerStats scheduler;
+};
+
+// Where everything is, for tests of the bookkeeping.
+struct EngineSnapshot {
+  struct Entry {
+    RequestId request;
+    std::int32_t sample;
+    bool running;
+    std::int64_t num_slots;
+    std::vector<std::int32_t> tokens;
+    std::size_t num_computed;
+    std::vector<BlockId> block_table;
+  };
+  std::vector<Entry> sequences;            // in the order of the scheduler
+  std::vector<std::int32_t> block_counts;  // [num_blocks]
+  std::vector<BlockId> cached_blocks;      // whose content can be found, used ones too
 };
 
 class Engine {
@@ -72,15 +105,20 @@ class Engine {
   // step's tokens are discarded.
   StepOutput step();
 
-  // Ends one request early; its terminal event comes out of the next step(). Unknown ids and ids
-  // that have ended are ignored: a late call is no mistake. `sample` is which output has ended (0).
+  // Ends one output of a request early; the events come out of the next step(). Unknown ids and what has
+  // ended are ignored: a late call is no mistake.
   void finish(RequestId id, std::int32_t sample, FinishReason reason);
-  void abort(RequestId id) { finish(id, 0, FinishReason::kAbort); }
+  // Ends all outputs of a request.
+  void abort(RequestId id);
+
+  // Forgets all cached prefixes. False, and nothing is done, while requests are unfinished.
+  bool reset_prefix_cache();
 
   // True while step() has something to do or to report.
   bool has_unfinished() const;
 
   EngineStats stats() const;
+  EngineSnapshot snapshot() const;
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const CpuContext& context() const { return ctx_; }
   const Transformer& model() const { return model_; }
@@ -89,8 +127,14 @@ class Engine {
   std::int64_t block_size() const { return config_.block_size; }
 
  private:
-  void run(const std::vector<ScheduledRequest>& scheduled, StepOutput& output);
-  FinishReason accept(Request& request, std::int32_t token) const;
+  void run(const ScheduledStep& step, StepOutput& output);
+  void compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows);
+  void add_prompt_logprobs(const ScheduledStep& step, StepOutput& output);
+  void accept(Sequence& sequence, Sample sample, StepOutput& output);
+  void end(const Sequence& sequence, StepOutput& output, std::exception_ptr error = nullptr);
+  void cut_off(const Sequence& sequence, FinishReason reason, StepOutput& output,
+               std::exception_ptr error = nullptr);
+  void fail(RequestId id, const std::exception_ptr& error, StepOutput& output);
   std::int64_t choose_num_blocks(const KvShape& one_block) const;
 
   const EngineConfig config_;
@@ -100,13 +144,15 @@ class Engine {
   const std::int64_t num_blocks_;
   const std::int64_t max_model_len_;
   KvCache kv_cache_;
+  PrefixCache prefix_cache_;
   BlockPool pool_;
   Scheduler scheduler_;
   const std::vector<std::int32_t> eos_token_ids_;
   const Sampler sampler_;
 
   mutable std::mutex mutex_;  // add_request and finish may come from other threads than step's
-  std::vector<std::pair<RequestId, FinishReason>> ended_;  // by finish(), not yet reported
+  std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;  // that have not ended
+  StepOutput reported_;  // what finish() and abort() have ended, for the next step to hand over
   EngineStats totals_;
   std::uint64_t num_arrivals_ = 0;
 };

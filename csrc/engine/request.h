@@ -1,11 +1,11 @@
-// One request: a prompt, how to continue it, and how far it has come.
+// A request and its sequences: a prompt, how to continue it, and how far each continuation has come.
 #pragma once
 
 #include <cstdint>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "engine/prefix_cache.h"
 #include "engine/sampling_params.h"
 
 namespace tinyvllm {
@@ -20,21 +20,57 @@ enum class FinishReason : std::uint8_t {
   kError,   // a step failed; StepOutput::errors says how
 };
 
+// Log-probabilities under the softmax of the raw logits, before penalties and temperature.
+struct TokenLogprobs {
+  float chosen = 0;                   // of the token that was taken
+  std::int32_t chosen_rank = 0;       // 1: the most likely
+  std::vector<std::int32_t> top_ids;  // the best k, by falling logprob, then by rising id
+  std::vector<float> top_logprobs;
+};
+
 struct Request {
   RequestId id = 0;
   SamplingParams params;
-  std::uint64_t seed = 0;           // params.seed, or derived from the engine's
-  std::int64_t max_total_tokens = 0;  // prompt and output together
+  std::uint64_t seed = 0;             // params.seed, or derived from the engine's
+  std::uint64_t arrival = 0;          // how many requests came before
+  std::int64_t max_total_tokens = 0;  // prompt and output of one sequence together
   std::size_t num_prompt_tokens = 0;
+  std::int32_t num_unfinished = 1;  // of its n outputs
+  std::int64_t num_cached_tokens =
+      -1;  // of the prompt, found in the prefix cache; -1: not looked yet
+  // Of prompt token 1, 2, ...; it grows as the prompt is computed, and survives preemption.
+  std::vector<TokenLogprobs> prompt_logprobs;
+
+  bool wants_prompt_logprobs() const {
+    return params.prompt_logprobs && prompt_logprobs.size() + 1 < num_prompt_tokens;
+  }
+};
+
+// One continuation of a request's prompt: what the scheduler schedules. A request with n > 1 begins as one
+// sequence, which stands for all n until its prompt is computed, and then forks.
+struct Sequence {
+  Request* request = nullptr;
+  std::int32_t sample = 0;      // which of the request's n outputs
+  bool stands_for_all = false;  // not forked yet
 
   std::vector<std::int32_t> tokens;  // prompt, then output
-  // Tokens whose K and V are in the cache. A request is in prefill while more than one is missing.
+  // Tokens whose K and V are in the cache. A sequence is in prefill while more than one is missing.
   std::size_t num_computed_tokens = 0;
-  std::vector<std::int32_t> block_table;
+  std::vector<BlockId> block_table;
+  // How far the table's blocks are known to the prefix cache, and the key of the last of these.
+  std::size_t num_published_blocks = 0;
+  ContentKey published;
   // How often each token was put out; kept only where penalties ask for it.
   std::unordered_map<std::int32_t, std::int32_t> output_counts;
 
-  std::size_t num_output_tokens() const { return tokens.size() - num_prompt_tokens; }
+  std::size_t num_output_tokens() const { return tokens.size() - request->num_prompt_tokens; }
+  // How many of max_num_seqs it takes.
+  std::int64_t num_slots() const { return stands_for_all ? request->params.n : 1; }
+  // First come, first served: by arrival, then by sample.
+  bool before(const Sequence& other) const {
+    return request->arrival != other.request->arrival ? request->arrival < other.request->arrival
+                                                      : sample < other.sample;
+  }
 };
 
 }  // namespace tinyvllm

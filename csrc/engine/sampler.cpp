@@ -1,8 +1,11 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <numeric>
 #include <string>
 
@@ -19,34 +22,35 @@ std::int32_t argmax(std::span<const float> values) {
   return static_cast<std::int32_t>(std::max_element(values.begin(), values.end()) - values.begin());
 }
 
-void apply_bias_and_mask(const Request& request, std::span<const std::int32_t> eos_token_ids,
+void apply_bias_and_mask(const Sequence& sequence, std::span<const std::int32_t> eos_token_ids,
                          std::span<float> logits) {
-  for (const auto& [token, bias] : request.params.logit_bias) {
+  for (const auto& [token, bias] : sequence.request->params.logit_bias) {
     logits[static_cast<std::size_t>(token)] += static_cast<float>(bias);
   }
-  if (request.num_output_tokens() >= static_cast<std::size_t>(request.params.min_tokens)) return;
-  for (const std::int32_t token : request.params.stop_token_ids) {
+  if (sequence.num_output_tokens() >= static_cast<std::size_t>(sequence.request->params.min_tokens))
+    return;
+  for (const std::int32_t token : sequence.request->params.stop_token_ids) {
     logits[static_cast<std::size_t>(token)] = kMinusInfinity;
   }
-  if (request.params.ignore_eos) return;
+  if (sequence.request->params.ignore_eos) return;
   for (const std::int32_t token : eos_token_ids) {
     logits[static_cast<std::size_t>(token)] = kMinusInfinity;
   }
 }
 
-void apply_penalties(const Request& request, std::span<float> logits) {
-  const SamplingParams& params = request.params;
+void apply_penalties(const Sequence& sequence, std::span<float> logits) {
+  const SamplingParams& params = sequence.request->params;
   if (params.repetition_penalty != 1.0) {
     const auto penalty = static_cast<float>(params.repetition_penalty);
     std::vector<bool> seen(logits.size());
-    for (const std::int32_t token : request.tokens) {
+    for (const std::int32_t token : sequence.tokens) {
       const auto index = static_cast<std::size_t>(token);
       if (seen[index]) continue;
       seen[index] = true;
       logits[index] = logits[index] > 0 ? logits[index] / penalty : logits[index] * penalty;
     }
   }
-  for (const auto& [token, count] : request.output_counts) {
+  for (const auto& [token, count] : sequence.output_counts) {
     logits[static_cast<std::size_t>(token)] -= static_cast<float>(
         params.frequency_penalty * count + params.presence_penalty * (count > 0 ? 1.0 : 0.0));
   }
@@ -96,18 +100,40 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<co
   return kept;
 }
 
-std::int32_t draw(const Request& request, std::span<const std::int32_t> kept,
-                  std::span<const float> logits) {
-  const auto position = static_cast<std::uint32_t>(request.tokens.size());
-  // The largest noise that 32 random bits can give: whoever lies further below the best cannot win.
-  static const double kMaxNoise = -std::log(-std::log1p(-std::ldexp(0.5, -32)));
+// The random bits of the tokens 4 i .. 4 i + 3: one Philox call has room for four.
+std::array<std::uint32_t, 4> token_noise(std::uint64_t seed, std::uint32_t sample_index,
+                                         std::uint32_t position, std::uint32_t i) {
+  return philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
+                {i, position, sample_index, 0});
+}
+
+// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts of (0, 1).
+double gumbel(std::uint32_t bits) {
+  return -std::log(-std::log(std::ldexp(static_cast<double>(bits) + 0.5, -32)));
+}
+
+// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of leading
+// ones, and -log(-log(u)) <= -log(1 - u).
+double gumbel_bound(std::uint32_t bits) { return (std::countl_one(bits) + 1) * std::numbers::ln2; }
+
+std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
+                  std::span<const std::int32_t> kept, std::span<const float> logits) {
+  const std::uint64_t seed = sequence.request->seed;
+  const auto position = static_cast<std::uint32_t>(sequence.tokens.size());
   double best = -std::numeric_limits<double>::infinity();
   std::int32_t winner = kept.front();
+  std::array<std::uint32_t, 4> words{};  // of the four tokens that share a counter
+  std::uint32_t loaded = ~std::uint32_t{0};
   for (const std::int32_t token : kept) {
-    const double logit = logits[static_cast<std::size_t>(token)];
-    if (logit + kMaxNoise < best) continue;
-    const double value =
-        logit + gumbel_noise(request.seed, 0, position, static_cast<std::uint32_t>(token));
+    const auto id = static_cast<std::uint32_t>(token);
+    if (id / 4 != loaded) {
+      loaded = id / 4;
+      words = token_noise(seed, sample_index, position, loaded);
+    }
+    const std::uint32_t bits = words[id % 4];
+    const double logit = logits[id];
+    if (logit + gumbel_bound(bits) < best) continue;  // nearly all: only a few can still win
+    const double value = logit + gumbel(bits);
     if (value > best || (value == best && token < winner)) {
       best = value;
       winner = token;
@@ -120,11 +146,7 @@ std::int32_t draw(const Request& request, std::span<const std::int32_t> kept,
 
 double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::uint32_t token) {
-  const std::uint32_t bits =
-      philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
-             {token, position, sample_index, 0})[0];
-  const double uniform = std::ldexp(static_cast<double>(bits) + 0.5, -32);  // never 0, never 1
-  return -std::log(-std::log(uniform));
+  return gumbel(token_noise(seed, sample_index, position, token / 4)[token % 4]);
 }
 
 TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, std::int32_t k) {
@@ -156,24 +178,24 @@ TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, s
   return result;
 }
 
-Sample Sampler::sample(const Request& request, std::span<float> logits) const {
-  const SamplingParams& params = request.params;
-  if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
-    throw Error("Request " + std::to_string(request.id) + ": a logit at position " +
-                std::to_string(request.tokens.size() - 1) +
+Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
+                       std::span<const float> raw) const {
+  const SamplingParams& params = sequence.request->params;
+  if (!std::all_of(raw.begin(), raw.end(), [](float x) { return std::isfinite(x); })) {
+    throw Error("Request " + std::to_string(sequence.request->id) + ": a logit at position " +
+                std::to_string(sequence.tokens.size() - 1) +
                 " is not a finite number. The weights are damaged, or too large for their dtype; "
                 "try dtype float32.");
   }
-  // The raw logits are needed again after the token is known, to report them.
-  const std::vector<float> raw(params.logprobs ? std::vector<float>(logits.begin(), logits.end())
-                                               : std::vector<float>());
-  apply_bias_and_mask(request, eos_token_ids_, logits);
-  if (params.has_penalties()) apply_penalties(request, logits);
+  // Other samples of the request may draw from the same row, and logprobs are those of the raw logits.
+  std::vector<float> logits(raw.begin(), raw.end());
+  apply_bias_and_mask(sequence, eos_token_ids_, logits);
+  if (params.has_penalties()) apply_penalties(sequence, logits);
 
   Sample sample;
   sample.token = argmax(logits);
   if (logits[static_cast<std::size_t>(sample.token)] == kMinusInfinity) {
-    throw Error("Request " + std::to_string(request.id) + ": min_tokens is " +
+    throw Error("Request " + std::to_string(sequence.request->id) + ": min_tokens is " +
                 std::to_string(params.min_tokens) + " and the " +
                 std::to_string(params.stop_token_ids.size()) +
                 " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
@@ -181,7 +203,8 @@ Sample Sampler::sample(const Request& request, std::span<float> logits) const {
   if (!params.greedy()) {
     const auto inverse_temperature = static_cast<float>(1.0 / params.temperature);
     for (float& logit : logits) logit *= inverse_temperature;
-    sample.token = draw(request, kept_tokens(params, logits), logits);
+    sample.token = draw(sequence, static_cast<std::uint32_t>(sample_index),
+                        kept_tokens(params, logits), logits);
   }
   if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
   return sample;

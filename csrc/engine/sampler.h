@@ -18,14 +18,6 @@
 
 namespace tinyvllm {
 
-// Log-probabilities under the softmax of the raw logits, before penalties and temperature.
-struct TokenLogprobs {
-  float chosen = 0;            // of the token that was taken
-  std::int32_t chosen_rank = 0;  // 1: the most likely
-  std::vector<std::int32_t> top_ids;  // the best k, by falling logprob, then by rising id
-  std::vector<float> top_logprobs;
-};
-
 struct Sample {
   std::int32_t token = 0;
   std::optional<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
@@ -37,9 +29,11 @@ class Sampler {
   explicit Sampler(std::vector<std::int32_t> eos_token_ids)
       : eos_token_ids_(std::move(eos_token_ids)) {}
 
-  // The request's next token. `logits` [vocab] is overwritten. Throws Error where a logit is not
+  // The next token of one of the request's samples, which `sequence` is or stands for, from `logits`
+  // [vocab]. Throws Error where a logit is not
   // finite, and where the masks leave no token.
-  Sample sample(const Request& request, std::span<float> logits) const;
+  Sample sample(const Sequence& sequence, std::int32_t sample_index,
+                std::span<const float> logits) const;
 
  private:
   std::vector<std::int32_t> eos_token_ids_;

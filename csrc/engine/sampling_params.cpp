@@ -21,7 +21,7 @@ void require(bool holds, const char* field, T value, const char* range) {
 }  // namespace
 
 void SamplingParams::validate() const {
-  require(n == 1, "n", n, "1 (several samples of one prompt are not supported; repeat the prompt)");
+  require(n >= 1 && n <= kMaxSamples, "n", n, "from 1 to 64");
   require(temperature >= 0 && std::isfinite(temperature), "temperature", temperature,
           "0 (greedy) or more");
   require(top_p > 0 && top_p <= 1, "top_p", top_p, "greater than 0 and at most 1");
@@ -31,8 +31,8 @@ void SamplingParams::validate() const {
           repetition_penalty, "greater than 0 (1 is off)");
   require(presence_penalty >= -2 && presence_penalty <= 2, "presence_penalty", presence_penalty,
           "from -2 to 2");
-  require(frequency_penalty >= -2 && frequency_penalty <= 2, "frequency_penalty",
-          frequency_penalty, "from -2 to 2");
+  require(frequency_penalty >= -2 && frequency_penalty <= 2, "frequency_penalty", frequency_penalty,
+          "from -2 to 2");
   require(min_tokens >= 0, "min_tokens", min_tokens, "0 or more");
   if (max_tokens) {
     require(*max_tokens >= 1, "max_tokens", *max_tokens, "at least 1");
@@ -42,6 +42,10 @@ void SamplingParams::validate() const {
   if (logprobs) {
     require(*logprobs >= 0 && *logprobs <= kMaxLogprobs, "logprobs", *logprobs, "from 0 to 20");
   }
+  if (prompt_logprobs) {
+    require(*prompt_logprobs >= 0 && *prompt_logprobs <= kMaxLogprobs, "prompt_logprobs",
+            *prompt_logprobs, "from 0 to 20");
+  }
   for (const auto& [token, bias] : logit_bias) {
     require(!std::isnan(bias) && bias >= -100 && bias <= 100, "a logit_bias", bias,
             "from -100 to 100");
@@ -49,7 +53,8 @@ void SamplingParams::validate() const {
 }
 
 void SamplingParams::validate_for(std::int64_t vocab_size) const {
-  const std::string range = "from 0 to " + std::to_string(vocab_size - 1) + ", the model's vocabulary";
+  const std::string range =
+      "from 0 to " + std::to_string(vocab_size - 1) + ", the model's vocabulary";
   for (const auto& [token, bias] : logit_bias) {
     require(token >= 0 && token < vocab_size, "a token id of logit_bias", token, range.c_str());
   }

@@ -1,44 +1,192 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
-#include <string>
-
-#include "base/errors.h"
+#include <utility>
 
 namespace tinyvllm {
+namespace {
 
-std::vector<ScheduledRequest> Scheduler::schedule() {
-  if (requests_.empty()) return {};
-  Request& request = *requests_.front();
-  const auto missing = static_cast<std::int64_t>(request.tokens.size() - request.num_computed_tokens);
-  const std::int64_t num_tokens = std::min(missing, max_num_batched_tokens_);
-  const std::int64_t covered = static_cast<std::int64_t>(request.num_computed_tokens) + num_tokens;
-  if (!pool_.grow(request.block_table, covered, block_size_)) {
-    throw CapacityError("Request " + std::to_string(request.id) + " needs " +
-                        std::to_string(covered) + " tokens of KV cache; the whole pool holds " +
-                        std::to_string(pool_.num_blocks() * block_size_) +
-                        ". Lower max_tokens or raise kv_cache_memory_bytes.");
+std::int64_t num_missing(const Sequence& sequence) {
+  return static_cast<std::int64_t>(sequence.tokens.size() - sequence.num_computed_tokens);
+}
+
+}  // namespace
+
+ScheduledStep Scheduler::schedule() {
+  ScheduledStep step;
+  std::int64_t budget = config_.max_num_batched_tokens;
+  const std::int64_t num_preemptions = stats_.num_preemptions;
+  const bool may_admit = !config_.static_batching || running_.empty();
+
+  for (std::size_t i = 0; i < running_.size() && budget > 0; ++i) {
+    Sequence& sequence = *running_[i];
+    const std::int64_t num_tokens = std::min(num_missing(sequence), budget);
+    bool fits = make_room(sequence, num_tokens, step);
+    while (!fits && running_.size() > i + 1) {  // whoever came last gives way
+      preempt_last();
+      fits = make_room(sequence, num_tokens, step);
+    }
+    if (!fits) {
+      preempt_last();  // itself
+      break;
+    }
+    publish(sequence, num_tokens, step);
+    step.sequences.push_back({&sequence, num_tokens});
+    budget -= num_tokens;
   }
-  return {{&request, num_tokens}};
+  // After a preemption there is no room, and whoever was preempted is the first to come back.
+  if (may_admit && stats_.num_preemptions == num_preemptions) {
+    while (budget > 0 && !waiting_.empty() && admit_first(budget, step)) {
+    }
+  }
+  return step;
 }
 
-std::unique_ptr<Request> Scheduler::remove(RequestId id) {
-  const auto found = std::find_if(requests_.begin(), requests_.end(),
-                                  [id](const auto& request) { return request->id == id; });
-  if (found == requests_.end()) return nullptr;
-  std::unique_ptr<Request> request = std::move(*found);
-  requests_.erase(found);
-  pool_.release(request->block_table);
-  return request;
+// Blocks for the next num_tokens tokens; a shared block that is not full is replaced by a copy. If there are
+// too few free blocks it changes nothing and returns false.
+bool Scheduler::make_room(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
+  const auto computed = static_cast<std::int64_t>(sequence.num_computed_tokens);
+  const std::int64_t wanted = (computed + num_tokens + config_.block_size - 1) / config_.block_size;
+  const std::int64_t missing = wanted - static_cast<std::int64_t>(sequence.block_table.size());
+  const bool writes_shared =
+      computed % config_.block_size != 0 &&
+      pool_.count(sequence.block_table[static_cast<std::size_t>(computed / config_.block_size)]) >
+          1;
+  if (missing + (writes_shared ? 1 : 0) > pool_.num_free()) return false;
+  if (writes_shared) {
+    BlockId& shared = sequence.block_table[static_cast<std::size_t>(computed / config_.block_size)];
+    const BlockId own = pool_.allocate();
+    step.copies.push_back({shared, own});
+    pool_.release(std::exchange(shared, own));
+  }
+  for (std::int64_t i = 0; i < missing; ++i) sequence.block_table.push_back(pool_.allocate());
+  return true;
 }
 
-bool Scheduler::contains(RequestId id) const {
-  return std::any_of(requests_.begin(), requests_.end(),
-                     [id](const auto& request) { return request->id == id; });
+void Scheduler::preempt_last() {
+  std::unique_ptr<Sequence> sequence = std::move(running_.back());
+  running_.pop_back();
+  pool_.release_all(sequence->block_table);
+  sequence->num_computed_tokens = 0;
+  sequence->num_published_blocks = 0;
+  sequence->published = {};
+  waiting_.push_front(std::move(sequence));
+  ++stats_.num_preemptions;
 }
 
-std::int64_t Scheduler::num_running() const {
-  return !requests_.empty() && !requests_.front()->block_table.empty() ? 1 : 0;
+// Moves the first waiting sequence to the running ones, if there are slots and blocks for a chunk of it.
+bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
+  Sequence& sequence = *waiting_.front();
+  if (num_slots_used() + sequence.num_slots() > config_.max_num_seqs) return false;
+  const std::vector<BlockId> prefix = find_prefix(sequence);
+  const std::int64_t num_cached = std::ssize(prefix) * config_.block_size;
+  const std::int64_t num_tokens = std::min(num_missing(sequence) - num_cached, budget);
+  const std::int64_t wanted =
+      (num_cached + num_tokens + config_.block_size - 1) / config_.block_size - std::ssize(prefix);
+  const std::int64_t revived = std::count_if(
+      prefix.begin(), prefix.end(), [this](BlockId block) { return pool_.count(block) == 0; });
+  if (wanted + revived > pool_.num_free()) return false;
+
+  for (const BlockId block : prefix) {
+    pool_.share(block);
+    sequence.block_table.push_back(block);
+    sequence.published = cache_.key_of(block);
+  }
+  sequence.num_published_blocks = prefix.size();
+  sequence.num_computed_tokens = static_cast<std::size_t>(num_cached);
+  make_room(sequence, num_tokens, step);
+  publish(sequence, num_tokens, step);
+
+  if (config_.prefix_caching) {
+    stats_.prefix_cache_queries += static_cast<std::int64_t>(sequence.tokens.size());
+    stats_.prefix_cache_hits += num_cached;
+  }
+  Request& request = *sequence.request;
+  if (request.num_cached_tokens < 0) request.num_cached_tokens = num_cached;
+  step.sequences.push_back({&sequence, num_tokens});
+  budget -= num_tokens;
+  running_.push_back(std::move(waiting_.front()));
+  waiting_.pop_front();
+  return true;
+}
+
+// The cached blocks that the sequence begins with: whole ones, and never its last token, which must be
+// computed for its logits, in a block of the sequence's own.
+std::vector<BlockId> Scheduler::find_prefix(const Sequence& sequence) const {
+  std::vector<BlockId> prefix;
+  if (!config_.prefix_caching || sequence.request->wants_prompt_logprobs()) return prefix;
+  const auto size = static_cast<std::size_t>(config_.block_size);
+  ContentKey before;
+  for (std::size_t end = size; end < sequence.tokens.size(); end += size) {
+    const auto block = cache_.find(before, std::span(sequence.tokens).subspan(end - size, size));
+    if (!block) break;
+    prefix.push_back(*block);
+    before = cache_.key_of(*block);
+  }
+  return prefix;
+}
+
+// Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step: every layer
+// writes the K and V of the whole batch before it attends.
+void Scheduler::publish(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
+  if (!config_.prefix_caching) return;
+  const auto size = static_cast<std::size_t>(config_.block_size);
+  const std::size_t full =
+      (sequence.num_computed_tokens + static_cast<std::size_t>(num_tokens)) / size;
+  for (std::size_t& i = sequence.num_published_blocks; i < full; ++i) {
+    const BlockId block = sequence.block_table[i];
+    const bool known = cache_.contains(block);
+    sequence.published = cache_.publish(block, sequence.published,
+                                        std::span(sequence.tokens).subspan(i * size, size));
+    if (!known && cache_.contains(block)) step.published.push_back(block);
+  }
+}
+
+void Scheduler::forget(const ScheduledStep& step) {
+  for (const BlockId block : step.published) pool_.forget(block);
+}
+
+std::vector<Sequence*> Scheduler::fork(Sequence& leader) {
+  leader.stands_for_all = false;
+  std::vector<Sequence*> children;
+  auto place = std::find_if(running_.begin(), running_.end(),
+                            [&](const auto& sequence) { return sequence.get() == &leader; });
+  for (std::int32_t sample = 1; sample < leader.request->params.n; ++sample) {
+    auto child = std::make_unique<Sequence>(leader);
+    child->sample = sample;
+    for (const BlockId block : child->block_table) pool_.share(block);
+    children.push_back(child.get());
+    place = running_.insert(place + 1, std::move(child));
+  }
+  return children;
+}
+
+void Scheduler::remove(const Sequence& sequence) {
+  const auto is_it = [&](const auto& other) { return other.get() == &sequence; };
+  const auto running = std::find_if(running_.begin(), running_.end(), is_it);
+  if (running != running_.end()) {
+    pool_.release_all((*running)->block_table);
+    running_.erase(running);
+    return;
+  }
+  waiting_.erase(std::find_if(waiting_.begin(), waiting_.end(), is_it));
+}
+
+std::vector<Sequence*> Scheduler::find(RequestId id) const {
+  std::vector<Sequence*> found;
+  for (const auto& sequence : running_) {
+    if (sequence->request->id == id) found.push_back(sequence.get());
+  }
+  for (const auto& sequence : waiting_) {
+    if (sequence->request->id == id) found.push_back(sequence.get());
+  }
+  return found;
+}
+
+std::int64_t Scheduler::num_slots_used() const {
+  std::int64_t slots = 0;
+  for (const auto& sequence : running_) slots += sequence->num_slots();
+  return slots;
 }
 
 }  // namespace tinyvllm

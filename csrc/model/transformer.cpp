@@ -43,6 +43,7 @@ Transformer::Transformer(const CpuContext& ctx, const Checkpoint& checkpoint, DT
       activated_(compute, max_tokens, config_.intermediate_size),
       last_residual_(DType::kFloat32, max_logit_rows, config_.hidden_size),
       last_branch_(DType::kFloat32, max_logit_rows, config_.hidden_size),
+      last_normalized_(compute, max_logit_rows, config_.hidden_size),
       logits_(DType::kFloat32, max_logit_rows, config_.vocab_size) {}
 
 KvShape Transformer::kv_shape(std::int64_t num_blocks, std::int64_t block_size) const {
@@ -50,14 +51,12 @@ KvShape Transformer::kv_shape(std::int64_t num_blocks, std::int64_t block_size) 
           config_.num_kv_heads, config_.head_dim, weights_.compute};
 }
 
-MutTensorView Transformer::forward(const Batch& batch, const KvCache& kv) {
+void Transformer::forward(const Batch& batch, const KvCache& kv) {
   const auto num_tokens = static_cast<std::int64_t>(batch.tokens.size());
-  const auto num_rows = static_cast<std::int64_t>(batch.logit_rows.size());
-  if (num_tokens > residual_.view.rows || num_rows > logits_.view.rows) {
-    throw Error("A batch of " + std::to_string(num_tokens) + " tokens and " +
-                std::to_string(num_rows) + " logit rows is larger than this model was made for (" +
-                std::to_string(residual_.view.rows) + ", " + std::to_string(logits_.view.rows) +
-                ").");
+  if (num_tokens > residual_.view.rows) {
+    throw Error("A batch of " + std::to_string(num_tokens) +
+                " tokens is larger than this model was made for (" +
+                std::to_string(residual_.view.rows) + ").");
   }
   const MutTensorView residual = first_rows(residual_.view, num_tokens);
   const MutTensorView branch = first_rows(branch_.view, num_tokens);
@@ -94,16 +93,23 @@ MutTensorView Transformer::forward(const Batch& batch, const KvCache& kv) {
     silu_mul(ctx_, gate_up, activated);
     matmul(ctx_, activated, layer.down, branch);
   }
+}
 
-  // From here on only the tokens whose logits are wanted: the output matrix is the largest of all.
-  const MutTensorView last_residual = first_rows(last_residual_.view, num_rows);
-  const MutTensorView last_branch = first_rows(last_branch_.view, num_rows);
-  const MutTensorView last_normalized = first_rows(normalized_.view, num_rows);
+MutTensorView Transformer::logits(std::span<const std::int32_t> rows) {
+  const auto num_rows = static_cast<std::int64_t>(rows.size());
+  if (num_rows > logits_.view.rows) {
+    throw Error("Logits of " + std::to_string(num_rows) +
+                " tokens are more than this model was made for (" +
+                std::to_string(logits_.view.rows) + ").");
+  }
+  const MutTensorView residual = first_rows(last_residual_.view, num_rows);
+  const MutTensorView branch = first_rows(last_branch_.view, num_rows);
+  const MutTensorView normalized = first_rows(last_normalized_.view, num_rows);
   const MutTensorView logits = first_rows(logits_.view, num_rows);
-  gather_rows(ctx_, batch.logit_rows, residual, last_residual);
-  gather_rows(ctx_, batch.logit_rows, branch, last_branch);
-  add_rms_norm(ctx_, last_residual, last_branch, weights_.final_norm, eps, last_normalized);
-  matmul(ctx_, last_normalized, weights_.lm_head, logits);
+  gather_rows(ctx_, rows, residual_.view, residual);
+  gather_rows(ctx_, rows, branch_.view, branch);
+  add_rms_norm(ctx_, residual, branch, weights_.final_norm, config_.rms_norm_eps, normalized);
+  matmul(ctx_, normalized, weights_.lm_head, logits);
   return logits;
 }
 

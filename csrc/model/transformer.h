@@ -20,11 +20,10 @@
 namespace tinyvllm {
 
 struct Batch {
-  std::span<const std::int32_t> tokens;     // [num_tokens], each in [0, vocab)
-  std::span<const std::int32_t> positions;  // [num_tokens]
-  std::span<const std::int64_t> slots;      // [num_tokens], where each token's K and V go
+  std::span<const std::int32_t> tokens;      // [num_tokens], each in [0, vocab)
+  std::span<const std::int32_t> positions;   // [num_tokens]
+  std::span<const std::int64_t> slots;       // [num_tokens], where each token's K and V go
   std::span<const BatchSequence> sequences;  // in the order of their tokens, covering all of them
-  std::span<const std::int32_t> logit_rows;  // the tokens whose logits are wanted
 };
 
 class Transformer {
@@ -38,9 +37,12 @@ class Transformer {
   const Weights& weights() const { return weights_; }
   KvShape kv_shape(std::int64_t num_blocks, std::int64_t block_size) const;
 
-  // Writes the K and V of all tokens to `kv` and returns the logits [logit_rows, vocab], float32, which
-  // stay valid until the next call. One batch at a time.
-  MutTensorView forward(const Batch& batch, const KvCache& kv);
+  // Runs all layers over the batch and writes the K and V of its tokens to `kv`. One batch at a time.
+  void forward(const Batch& batch, const KvCache& kv);
+
+  // The logits [rows, vocab], float32, of some tokens of the last batch; valid until the next call. The
+  // output matrix is the largest of all, so that only those are computed that are used.
+  MutTensorView logits(std::span<const std::int32_t> rows);
 
  private:
   // A matrix of activations, at the size of the largest batch.
@@ -55,17 +57,18 @@ class Transformer {
   const Weights weights_;
   const std::vector<float> inverse_frequencies_;
 
-  Buffer residual_;       // [max_tokens, hidden]                               float32
-  Buffer branch_;         // [max_tokens, hidden]                               float32
-  Buffer normalized_;     // [max_tokens, hidden]                               compute
-  Buffer cos_sin_;        // [max_tokens, head_dim]                             float32
-  Buffer qkv_;            // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  float32
-  Buffer attention_;      // [max_tokens, num_heads * head_dim]                 compute
-  Buffer gate_up_;        // [max_tokens, 2 intermediate]                       float32
-  Buffer activated_;      // [max_tokens, intermediate]                         compute
-  Buffer last_residual_;  // [max_logit_rows, hidden]                           float32
-  Buffer last_branch_;    // [max_logit_rows, hidden]                           float32
-  Buffer logits_;         // [max_logit_rows, vocab]                            float32
+  Buffer residual_;         // [max_tokens, hidden]                               float32
+  Buffer branch_;           // [max_tokens, hidden]                               float32
+  Buffer normalized_;       // [max_tokens, hidden]                               compute
+  Buffer cos_sin_;          // [max_tokens, head_dim]                             float32
+  Buffer qkv_;              // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  float32
+  Buffer attention_;        // [max_tokens, num_heads * head_dim]                 compute
+  Buffer gate_up_;          // [max_tokens, 2 intermediate]                       float32
+  Buffer activated_;        // [max_tokens, intermediate]                         compute
+  Buffer last_residual_;    // [max_logit_rows, hidden]                           float32
+  Buffer last_branch_;      // [max_logit_rows, hidden]                           float32
+  Buffer last_normalized_;  // [max_logit_rows, hidden]                           compute
+  Buffer logits_;           // [max_logit_rows, vocab]                            float32
 };
 
 }  // namespace tinyvllm

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <string>
 
 #include "base/errors.h"
@@ -46,6 +47,15 @@ KvLayer KvCache::layer(std::int64_t index) const {
   const std::size_t one = size_ / static_cast<std::size_t>(2 * shape_.num_layers);
   std::byte* keys = data_ + static_cast<std::size_t>(2 * index) * one;
   return {keys, keys + one, shape_};
+}
+
+void KvCache::copy_block(std::int32_t from, std::int32_t to) {
+  const std::size_t block = static_cast<std::size_t>(shape_.block_stride()) * size_of(shape_.dtype);
+  const std::size_t array = block * static_cast<std::size_t>(shape_.num_blocks);
+  for (std::byte* blocks = data_; blocks != data_ + size_; blocks += array) {
+    std::memcpy(blocks + static_cast<std::size_t>(to) * block,
+                blocks + static_cast<std::size_t>(from) * block, block);
+  }
 }
 
 }  // namespace tinyvllm

@@ -44,6 +44,9 @@ class KvCache {
   const KvShape& shape() const { return shape_; }
   KvLayer layer(std::int64_t index) const;
 
+  // Copies the K and V of a block, in all layers.
+  void copy_block(std::int32_t from, std::int32_t to);
+
  private:
   KvShape shape_;
   std::byte* data_ = nullptr;

@@ -91,12 +91,8 @@ class LLM:
         _require_cpu(device)
         if load_format not in ("auto", "dummy"):
             raise InvalidRequestError(f'load_format is "{load_format}"; it must be auto or dummy.')
-        if batching != "continuous" or trace is not None:
-            option = "batching" if trace is None else "trace"
-            raise InvalidRequestError(
-                f"{option} is {batching if trace is None else str(trace)!r}; only its default is "
-                "supported. Leave it out."
-            )
+        if batching not in ("continuous", "static"):
+            raise InvalidRequestError(f'batching is "{batching}"; it must be continuous or static.')
         self.seed = secrets.randbits(63) if seed is None else seed
         self.timings: dict[str, float] = {}  # seconds of each part of loading
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -127,6 +123,8 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_threads=num_threads or 0,
             seed=self.seed,
+            prefix_caching=enable_prefix_caching,
+            static_batching=batching == "static",
             eos_token_ids=self._eos_token_ids(),
         )
         self._lap("weights", began)
@@ -195,18 +193,28 @@ class LLM:
             from tqdm import tqdm
 
             progress = tqdm(total=len(requests), desc="Processed prompts", dynamic_ncols=True)
-        outputs = [CompletionOutput(index=0, text="", token_ids=[]) for _ in requests]
+        outputs = [
+            [CompletionOutput(index=i, text="", token_ids=[]) for i in range(request.num_outputs)]
+            for request in requests
+        ]
         try:
             for delta in self._run(requests):
-                outputs[delta.prompt_index].add(delta)
-                if progress and delta.finish_reason:
-                    progress.update()
+                outputs[delta.prompt_index][delta.index].add(delta)
+                if progress:
+                    progress.update(sum(request.finished for request in requests) - progress.n)
         finally:
             if progress:
                 progress.close()
         return [
-            RequestOutput(str(request.id), text, ids, [output])
-            for request, (text, ids), output in zip(requests, parsed, outputs, strict=True)
+            RequestOutput(
+                str(request.id),
+                text,
+                ids,
+                completions,
+                num_cached_tokens=request.num_cached_tokens,
+                prompt_logprobs=request.prompt_logprobs,
+            )
+            for request, (text, ids), completions in zip(requests, parsed, outputs, strict=True)
         ]
 
     def _add(
@@ -228,7 +236,9 @@ class LLM:
         requests: list[ActiveRequest] = []
         try:
             for index, ((_, ids), params) in enumerate(zip(parsed, sampling_params, strict=True)):
-                request = ActiveRequest(self._next_id, index, params, self._tokenizer, incremental)
+                request = ActiveRequest(
+                    self._next_id, index, ids, params, self._tokenizer, incremental
+                )
                 self._engine.add_request(request.id, ids, params.core)
                 self._next_id += 1
                 self._requests[request.id] = request
@@ -252,19 +262,20 @@ class LLM:
             self._abort([request for request in requests if not request.finished])
 
     def _step(self) -> None:
+        """One step of the engine. What comes of requests that nobody waits for is dropped."""
         output = self._engine.step()
-        errors = output.errors
-        for id, token, finish, logprobs in zip(
-            output.request, output.token, output.finish, output.logprobs, strict=True
+        for id, sample, token, finish, logprobs in zip(
+            output.request, output.sample, output.token, output.finish, output.logprobs, strict=True
         ):
             request = self._requests.get(id)
-            if request is None:
-                continue  # aborted: nobody waits for it
-            request.accept(token, finish, logprobs, errors.get(id))
-            if request.finished:
-                del self._requests[id]
-            elif request.stop_string_found:
-                self._engine.finish(id, 0, "stop")
+            if request is not None and request.accept(sample, token, finish, logprobs):
+                self._engine.finish(id, sample, "stop")
+        for id, entries in output.prompt_logprobs.items():
+            if id in self._requests:
+                self._requests[id].accept_prompt_logprobs(entries)
+        for id, num_cached_tokens, error in output.ended:
+            if id in self._requests:
+                self._requests.pop(id).end(num_cached_tokens, error)
 
     def _abort(self, requests: list[ActiveRequest]) -> None:
         for request in requests:
@@ -289,8 +300,8 @@ class LLM:
         return {**self._engine.info(), **self._engine.stats(), "load_seconds": dict(self.timings)}
 
     def reset_prefix_cache(self) -> bool:
-        """True: nothing is cached between requests, so there is nothing to forget."""
-        return True
+        """Forgets all cached prefixes. False, with nothing done, while requests are unfinished."""
+        return self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Gives the memory back. Twice is fine; use after it is an error."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tinyvllm.detokenizer import IncrementalDetokenizer
 from tinyvllm.outputs import Logprob, RequestDelta, TokenLogprobs
@@ -14,28 +14,85 @@ CoreLogprobs = tuple[float, int, list[int], list[float]]
 
 
 class ActiveRequest:
-    """Takes the engine's events of one request with `accept` and hands out deltas.
-
-    Text is decoded as it comes only where somebody waits for it (`incremental`) or a stop string
-    must be found; else once, at the end. Both give the same text.
-    """
+    """Takes the engine's events of one request and hands out deltas, until it has `finished`."""
 
     def __init__(
         self,
         id: int,
         prompt_index: int,
+        prompt_ids: Sequence[int],
         params: SamplingParams,
         tokenizer: Tokenizer,
         incremental: bool,
     ) -> None:
+        """incremental: whether text is wanted as it comes, or once, at the end."""
         self.id = id
         self.finished = False
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._prompt_index = prompt_index
-        self._params = params
+        self._prompt_ids = prompt_ids
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
+        self.num_outputs = params.n
+        self._outputs = [_Output(params, tokenizer, incremental) for _ in range(params.n)]
         self._deltas: list[RequestDelta] = []
         self._error: Exception | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing predicts the first token
+
+    def accept(
+        self, sample: int, token: int, finish: str | None, logprobs: CoreLogprobs | None
+    ) -> bool:
+        """One event: a token (or -1: none), the end of an output, or both.
+
+        True if a stop string was found that the engine does not know of: it must be told.
+        """
+        output = self._outputs[sample]
+        delta = RequestDelta(self._prompt_index, index=sample, text="")
+        if token >= 0 and not output.stopped:
+            delta.token_ids.append(token)
+            delta.text = output.push(token, finish)
+            if logprobs is not None:
+                delta.logprobs = [_logprobs(self._tokenizer, token, logprobs)]
+        if finish is not None:
+            output.finish(delta, token, finish)
+        if delta.text or delta.token_ids or delta.finish_reason:
+            self._deltas.append(delta)
+        return finish is None and output.stopped
+
+    def accept_prompt_logprobs(self, entries: Sequence[CoreLogprobs]) -> None:
+        """Those of the prompt's tokens, from the second one on."""
+        assert self.prompt_logprobs is not None
+        self.prompt_logprobs += [
+            _logprobs(self._tokenizer, token, entry)
+            for token, entry in zip(self._prompt_ids[1:], entries, strict=True)
+        ]
+
+    def end(self, num_cached_tokens: int, error: Exception | None) -> None:
+        """The request's last event."""
+        self.finished = True
+        self.num_cached_tokens = num_cached_tokens
+        self._error = error
+
+    def take_deltas(self) -> Iterator[RequestDelta]:
+        """What has come since the last call. An error of the request is raised after it."""
+        deltas, self._deltas = self._deltas, []
+        yield from deltas
+        if self._error is not None:
+            raise self._error
+
+
+class _Output:
+    """One of a request's n outputs: its tokens become text.
+
+    They are decoded as they come only where somebody waits for the text or a stop string must be
+    found; else once, at the end. Both give the same text.
+    """
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer, incremental: bool) -> None:
+        self._params = params
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []  # kept only for decoding at the end
         self._detokenizer: IncrementalDetokenizer | None = None
         if incremental or params.stop_strings:
             self._detokenizer = IncrementalDetokenizer(
@@ -46,60 +103,36 @@ class ActiveRequest:
             )
 
     @property
-    def stop_string_found(self) -> bool:
-        """The engine must be told: it goes on until then, and what it still sends is dropped."""
+    def stopped(self) -> bool:
+        """A stop string was found; tokens that still come, from a step in flight, are dropped."""
         return self._detokenizer is not None and self._detokenizer.stop_reason is not None
 
-    def accept(
-        self,
-        token: int,
-        finish: str | None,
-        logprobs: CoreLogprobs | None,
-        error: Exception | None,
-    ) -> None:
-        """One event of the engine: a token (or -1: none), an end, or both."""
-        delta = RequestDelta(self._prompt_index, index=0, text="")
-        if token >= 0 and not self.stop_string_found:
-            self._token_ids.append(token)
-            delta.token_ids.append(token)
-            if logprobs is not None:
-                delta.logprobs = [self._logprobs(token, logprobs)]
-            # The token that ends an output is no part of its text, as in vLLM.
-            ends = finish == "stop" and not self._params.include_stop_str_in_output
-            if self._detokenizer is not None and not ends:
-                delta.text = self._detokenizer.push([token])
-        if finish is not None:
-            self._finish(delta, token, finish)
-            self._error = error
-        if delta.text or delta.token_ids or delta.finish_reason:
-            self._deltas.append(delta)
-
-    def take_deltas(self) -> Iterator[RequestDelta]:
-        """What has come since the last call. An error of the request is raised after it."""
-        deltas, self._deltas = self._deltas, []
-        yield from deltas
-        if self._error is not None:
-            raise self._error
-
-    def _finish(self, delta: RequestDelta, token: int, finish: str) -> None:
-        self.finished = True
-        delta.finish_reason = finish
+    def push(self, token: int, finish: str | None) -> str:
+        """Takes a token and returns the text that is certain now."""
+        if finish == "stop" and not self._params.include_stop_str_in_output:
+            return ""  # the token that ends an output is no part of its text, as in vLLM
         if self._detokenizer is not None:
+            return self._detokenizer.push([token])
+        self._token_ids.append(token)
+        return ""
+
+    def finish(self, delta: RequestDelta, token: int, finish: str) -> None:
+        """Adds to the last delta what is left of the text, and why it ended."""
+        delta.finish_reason = finish
+        if self._detokenizer is None:
+            delta.text = self._tokenizer.decode(self._token_ids, self._params.skip_special_tokens)
+        else:
             delta.text += self._detokenizer.finish()
             if self._detokenizer.stop_reason is not None:
                 delta.finish_reason, delta.stop_reason = "stop", self._detokenizer.stop_reason
                 return
-        else:
-            ends = finish == "stop" and not self._params.include_stop_str_in_output
-            delta.text = self._tokenizer.decode(
-                self._token_ids[:-1] if ends else self._token_ids, self._params.skip_special_tokens
-            )
         if finish == "stop" and token in self._params.stop_token_ids:
             delta.stop_reason = token
 
-    def _logprobs(self, token: int, values: CoreLogprobs) -> TokenLogprobs:
-        chosen, rank, best_ids, best = values
-        entries = {token: Logprob(chosen, rank, self._tokenizer.token_text(token))}
-        for i, (token_id, logprob) in enumerate(zip(best_ids, best, strict=True), start=1):
-            entries.setdefault(token_id, Logprob(logprob, i, self._tokenizer.token_text(token_id)))
-        return entries
+
+def _logprobs(tokenizer: Tokenizer, token: int, values: CoreLogprobs) -> TokenLogprobs:
+    chosen, rank, best_ids, best = values
+    entries = {token: Logprob(chosen, rank, tokenizer.token_text(token))}
+    for i, (token_id, logprob) in enumerate(zip(best_ids, best, strict=True), start=1):
+        entries.setdefault(token_id, Logprob(logprob, i, tokenizer.token_text(token_id)))
+    return entries

@@ -44,11 +44,6 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if self.prompt_logprobs is not None:
-            raise InvalidRequestError(
-                f"prompt_logprobs is {self.prompt_logprobs}; logprobs of prompts are not "
-                "supported. Leave it out."
-            )
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; give True or False.")
@@ -78,7 +73,8 @@ class SamplingParams:
             if self.max_tokens is None
             else _integer("max_tokens", self.max_tokens, 63),
             min_tokens=_integer("min_tokens", self.min_tokens, 63),
-            logprobs=None if self.logprobs is None else _integer("logprobs", self.logprobs, 31),
+            logprobs=_optional("logprobs", self.logprobs),
+            prompt_logprobs=_optional("prompt_logprobs", self.prompt_logprobs),
             logit_bias=[
                 (
                     _integer("a token id of logit_bias", int(token), 31),
@@ -99,6 +95,10 @@ def _integer(name: str, value: Any, bits: int) -> int:
     if not -(1 << bits) <= number < 1 << bits:
         raise InvalidRequestError(f"{name} is {number}; it does not fit in {bits + 1} bits.")
     return number
+
+
+def _optional(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 31)
 
 
 def _number(name: str, value: Any) -> float:
