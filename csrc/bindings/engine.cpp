@@ -119,7 +119,8 @@ void bind_step_output(py::module_& module) {
           "errors",
           [](const StepOutput& output) {
             py::dict errors;
-            for (const auto& [id, error] : output.errors) errors[py::cast(id)] = exception_of(error);
+            for (const auto& [id, error] : output.errors)
+              errors[py::cast(id)] = exception_of(error);
             return errors;
           },
           "Request id -> exception, for each finish of error.");
@@ -136,23 +137,22 @@ py::dict stats_of(const EngineStats& stats) {
 py::dict info_of(const Engine& engine) {
   const Weights& weights = engine.model().weights();
   const KvShape one_block = engine.model().kv_shape(1, engine.block_size());
-  return py::dict("device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
-                  "num_threads"_a = engine.context().num_threads(),
-                  "dtype"_a = std::string(name_of(weights.compute)),
-                  "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
-                  "copied_weight_bytes"_a = weights.copied_bytes,
-                  "vocab_size"_a = engine.model().config().vocab_size,
-                  "model_max_position_embeddings"_a =
-                      engine.model().config().max_position_embeddings,
-                  "max_model_len"_a = engine.max_model_len(),
-                  "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
-                  "kv_cache_bytes_per_token"_a =
-                      one_block.bytes_per_block() / engine.block_size(),
-                  "warnings"_a = engine.checkpoint().warnings());
+  return py::dict(
+      "device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
+      "num_threads"_a = engine.context().num_threads(),
+      "dtype"_a = std::string(name_of(weights.compute)),
+      "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
+      "copied_weight_bytes"_a = weights.copied_bytes,
+      "vocab_size"_a = engine.model().config().vocab_size,
+      "model_max_position_embeddings"_a = engine.model().config().max_position_embeddings,
+      "max_model_len"_a = engine.max_model_len(),
+      "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
+      "kv_cache_bytes_per_token"_a = one_block.bytes_per_block() / engine.block_size(),
+      "warnings"_a = engine.checkpoint().warnings());
 }
 
-// Holds an engine until close(), so that its memory goes back then and not when Python collects it. A call
-// that another thread is in keeps the engine alive until it returns.
+// Holds an engine until close(), so that its memory goes back then and not when Python collects it.
+// A call that another thread is in keeps the engine alive until it returns.
 class EngineHandle {
  public:
   explicit EngineHandle(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {}
@@ -206,7 +206,8 @@ void bind_engine_class(py::module_& module) {
           "add_request",
           [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
              const SamplingParams& params) {
-            handle.unlocked([&](Engine& engine) { engine.add_request(id, std::move(prompt), params); });
+            handle.unlocked(
+                [&](Engine& engine) { engine.add_request(id, std::move(prompt), params); });
           },
           "id"_a, "prompt"_a, "params"_a)
       .def("step",
@@ -246,17 +247,18 @@ class Model {
         std::int64_t block_size)
       : checkpoint_(Checkpoint::open(directory)),
         ctx_(num_threads),
-        dtype_(parse_dtype(dtype).value_or(checkpoint_.dtype() == DType::kFloat32
-                                               ? DType::kFloat32
-                                               : DType::kBFloat16)),
+        dtype_(parse_dtype(dtype).value_or(
+            checkpoint_.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16)),
         block_size_(block_size) {}
 
   py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) {
     const std::int64_t total = token_ids.size(), vocab = checkpoint_.config().vocab_size;
-    if (total == 0 || chunk_size < 0) throw InvalidRequestError("Give tokens and a chunk size >= 0.");
+    if (total == 0 || chunk_size < 0)
+      throw InvalidRequestError("Give tokens and a chunk size >= 0.");
     const std::span<const std::int32_t> tokens(token_ids.data(), static_cast<std::size_t>(total));
     for (const std::int32_t token : tokens) {
-      if (token < 0 || token >= vocab) throw InvalidRequestError("A token id is not in the vocabulary.");
+      if (token < 0 || token >= vocab)
+        throw InvalidRequestError("A token id is not in the vocabulary.");
     }
     py::array_t<float> out({total, vocab});
     float* target = out.mutable_data();
@@ -281,13 +283,14 @@ class Model {
         slots.push_back(block * block_size_ + position % block_size_);
       }
       const BatchSequence sequence{0, count, first, table.data()};
-      const MutTensorView result = model.forward(
-          {.tokens = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)),
-           .positions = positions,
-           .slots = slots,
-           .sequences = {&sequence, 1},
-           .logit_rows = rows},
-          kv);
+      const MutTensorView result =
+          model.forward({.tokens = tokens.subspan(static_cast<std::size_t>(first),
+                                                  static_cast<std::size_t>(count)),
+                         .positions = positions,
+                         .slots = slots,
+                         .sequences = {&sequence, 1},
+                         .logit_rows = rows},
+                        kv);
       std::copy_n(result.row<float>(0), count * vocab, target + first * vocab);
     }
     checkpoint_.check_files();
@@ -306,7 +309,8 @@ void bind_parts(py::module_& module) {
       .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t>(),
            "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16)
       .def("logits", &Model::logits, "token_ids"_a, "chunk_size"_a = 0,
-           "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in chunks.");
+           "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in "
+           "chunks.");
 
   py::class_<BlockPool>(module, "BlockPool", "See csrc/engine/block_pool.h.")
       .def(py::init<std::int64_t>(), "num_blocks"_a)
@@ -319,8 +323,7 @@ void bind_parts(py::module_& module) {
           },
           "block_table"_a, "num_tokens"_a, "block_size"_a, "Returns (whether it grew, the table).")
       .def(
-          "release",
-          [](BlockPool& pool, std::vector<std::int32_t> table) { pool.release(table); },
+          "release", [](BlockPool& pool, std::vector<std::int32_t> table) { pool.release(table); },
           "block_table"_a)
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
@@ -367,7 +370,8 @@ void bind_engine(py::module_& module) {
   bind_parts(module);
   module.def("supported_isas", &supported_isas, "CPU kernel sets that run here, best first.");
   module.def("default_num_threads", &default_num_threads);
-  module.def("available_memory", &available_memory, "Bytes that this process could still allocate.");
+  module.def("available_memory", &available_memory,
+             "Bytes that this process could still allocate.");
 }
 
 }  // namespace tinyvllm

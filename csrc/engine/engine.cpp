@@ -148,19 +148,20 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
   }
   for (std::size_t i = 0; i < prompt.size(); ++i) {
     if (prompt[i] < 0 || prompt[i] >= vocab) {
-      throw InvalidRequestError("Prompt token " + std::to_string(i) + " is " +
-                                std::to_string(prompt[i]) + "; the model's vocabulary has the ids 0 to " +
-                                std::to_string(vocab - 1) + ".");
+      throw InvalidRequestError(
+          "Prompt token " + std::to_string(i) + " is " + std::to_string(prompt[i]) +
+          "; the model's vocabulary has the ids 0 to " + std::to_string(vocab - 1) + ".");
     }
   }
   const auto num_prompt_tokens = static_cast<std::int64_t>(prompt.size());
   if (num_prompt_tokens >= max_model_len_) {
-    throw InvalidRequestError(
-        "The prompt has " + std::to_string(num_prompt_tokens) + " tokens and max_model_len is " +
-        std::to_string(max_model_len_) + "; prompt and output share it. Shorten the prompt to at most " +
-        std::to_string(max_model_len_ - 1) + " tokens" +
-        (max_model_len_ < model_.config().max_position_embeddings ? ", or raise max_model_len."
-                                                                  : "."));
+    throw InvalidRequestError("The prompt has " + std::to_string(num_prompt_tokens) +
+                              " tokens and max_model_len is " + std::to_string(max_model_len_) +
+                              "; prompt and output share it. Shorten the prompt to at most " +
+                              std::to_string(max_model_len_ - 1) + " tokens" +
+                              (max_model_len_ < model_.config().max_position_embeddings
+                                   ? ", or raise max_model_len."
+                                   : "."));
   }
 
   const std::lock_guard lock(mutex_);
@@ -204,7 +205,8 @@ StepOutput Engine::step() {
     return output;
   }
   for (std::size_t i = 0; i < tokens.request.size(); ++i) {
-    emit(output, tokens.request[i], tokens.token[i], tokens.finish[i], std::move(tokens.logprobs[i]));
+    emit(output, tokens.request[i], tokens.token[i], tokens.finish[i],
+         std::move(tokens.logprobs[i]));
     if (tokens.finish[i] != FinishReason::kNone) scheduler_.remove(tokens.request[i]);
   }
   return output;

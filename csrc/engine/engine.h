@@ -1,4 +1,5 @@
-// The engine: requests go in, steps turn them into tokens, each request ends with exactly one event.
+// The engine: requests go in, steps turn them into tokens, each request ends with exactly one
+// event.
 //
 // It knows no text. The front end tokenizes, decodes, looks for stop strings and calls finish().
 // It holds no global state: a process may own several.
@@ -40,8 +41,8 @@ struct EngineConfig {
   std::vector<std::int32_t> eos_token_ids;  // those outside the vocabulary are ignored
 };
 
-// What one step produced, as parallel arrays with an entry an event. An event is a new token, the end of
-// a request, or both.
+// What one step produced, as parallel arrays with an entry an event. An event is a new token, the
+// end of a request, or both.
 struct StepOutput {
   std::vector<RequestId> request;
   std::vector<std::int32_t> sample;  // which of the request's n outputs
@@ -59,17 +60,17 @@ struct EngineStats {
 
 class Engine {
  public:
-  // Loads the model. Throws CheckpointError, UnsupportedModelError, CapacityError (weights or KV cache
-  // do not fit, with the numbers) or InvalidRequestError (an option out of range).
+  // Loads the model. Throws CheckpointError, UnsupportedModelError, CapacityError (weights or KV
+  // cache do not fit, with the numbers) or InvalidRequestError (an option out of range).
   Engine(const std::filesystem::path& model, const EngineConfig& config);
 
   // Validates everything before queueing: throws InvalidRequestError, and the engine is as before.
   // Ids are the caller's; one in use is refused.
   void add_request(RequestId id, std::vector<std::int32_t> prompt, const SamplingParams& params);
 
-  // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that were
-  // in the step with kError and leaves the engine usable. If a model file could no longer be read, the
-  // step's tokens are discarded.
+  // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that
+  // were in the step with kError and leaves the engine usable. If a model file could no longer be
+  // read, the step's tokens are discarded.
   StepOutput step();
 
   // Ends one request early; its terminal event comes out of the next step(). Unknown ids and ids

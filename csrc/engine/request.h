@@ -23,7 +23,7 @@ enum class FinishReason : std::uint8_t {
 struct Request {
   RequestId id = 0;
   SamplingParams params;
-  std::uint64_t seed = 0;           // params.seed, or derived from the engine's
+  std::uint64_t seed = 0;             // params.seed, or derived from the engine's
   std::int64_t max_total_tokens = 0;  // prompt and output together
   std::size_t num_prompt_tokens = 0;
 

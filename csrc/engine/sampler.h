@@ -3,10 +3,10 @@
 // The order is fixed (DESIGN 3): logit_bias and the min_tokens mask; repetition, then frequency and
 // presence penalty; temperature; min_p; top_k; top_p. Ties go to the lowest id, everywhere.
 //
-// A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max trick:
-// it follows the softmax exactly). The noise of a token comes from Philox, keyed by the request's
-// seed and counted by (token id, position, sample index), so that neither the order of the tokens nor the
-// batch can change it.
+// A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max
+// trick: it follows the softmax exactly). The noise of a token comes from Philox, keyed by the
+// request's seed and counted by (token id, position, sample index), so that neither the order of
+// the tokens nor the batch can change it.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace tinyvllm {
 
 // Log-probabilities under the softmax of the raw logits, before penalties and temperature.
 struct TokenLogprobs {
-  float chosen = 0;            // of the token that was taken
-  std::int32_t chosen_rank = 0;  // 1: the most likely
+  float chosen = 0;                   // of the token that was taken
+  std::int32_t chosen_rank = 0;       // 1: the most likely
   std::vector<std::int32_t> top_ids;  // the best k, by falling logprob, then by rising id
   std::vector<float> top_logprobs;
 };

@@ -31,8 +31,8 @@ void SamplingParams::validate() const {
           repetition_penalty, "greater than 0 (1 is off)");
   require(presence_penalty >= -2 && presence_penalty <= 2, "presence_penalty", presence_penalty,
           "from -2 to 2");
-  require(frequency_penalty >= -2 && frequency_penalty <= 2, "frequency_penalty",
-          frequency_penalty, "from -2 to 2");
+  require(frequency_penalty >= -2 && frequency_penalty <= 2, "frequency_penalty", frequency_penalty,
+          "from -2 to 2");
   require(min_tokens >= 0, "min_tokens", min_tokens, "0 or more");
   if (max_tokens) {
     require(*max_tokens >= 1, "max_tokens", *max_tokens, "at least 1");
@@ -49,7 +49,8 @@ void SamplingParams::validate() const {
 }
 
 void SamplingParams::validate_for(std::int64_t vocab_size) const {
-  const std::string range = "from 0 to " + std::to_string(vocab_size - 1) + ", the model's vocabulary";
+  const std::string range =
+      "from 0 to " + std::to_string(vocab_size - 1) + ", the model's vocabulary";
   for (const auto& [token, bias] : logit_bias) {
     require(token >= 0 && token < vocab_size, "a token id of logit_bias", token, range.c_str());
   }

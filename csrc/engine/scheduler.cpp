@@ -10,7 +10,8 @@ namespace tinyvllm {
 std::vector<ScheduledRequest> Scheduler::schedule() {
   if (requests_.empty()) return {};
   Request& request = *requests_.front();
-  const auto missing = static_cast<std::int64_t>(request.tokens.size() - request.num_computed_tokens);
+  const auto missing =
+      static_cast<std::int64_t>(request.tokens.size() - request.num_computed_tokens);
   const std::int64_t num_tokens = std::min(missing, max_num_batched_tokens_);
   const std::int64_t covered = static_cast<std::int64_t>(request.num_computed_tokens) + num_tokens;
   if (!pool_.grow(request.block_table, covered, block_size_)) {

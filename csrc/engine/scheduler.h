@@ -1,7 +1,7 @@
 // What the next step computes: a list of (request, number of tokens), and the KV blocks for them.
 //
-// First come, first served, one request at a time: its prompt in chunks of at most max_num_batched_tokens,
-// then one token a step.
+// First come, first served, one request at a time: its prompt in chunks of at most
+// max_num_batched_tokens, then one token a step.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ class Scheduler {
   Scheduler(BlockPool& pool, std::int64_t block_size, std::int64_t max_num_batched_tokens)
       : pool_(pool), block_size_(block_size), max_num_batched_tokens_(max_num_batched_tokens) {}
 
-  // A request of more than num_blocks * block_size tokens in all can never end; the engine refuses it
-  // before it comes here.
+  // A request of more than num_blocks * block_size tokens in all can never end; the engine refuses
+  // it before it comes here.
   void add(std::unique_ptr<Request> request) { requests_.push_back(std::move(request)); }
 
   // Empty if there is nothing to do. Every request in it has blocks for its tokens.

@@ -1,8 +1,8 @@
 // The forward pass of a Llama-family decoder over a flat batch of tokens.
 //
-// There is no prefill path and no decode path: a batch is the tokens of any number of sequences, chunks
-// of prompts and single new tokens side by side, and every token attends through its sequence's block
-// table (PagedAttention).
+// There is no prefill path and no decode path: a batch is the tokens of any number of sequences,
+// chunks of prompts and single new tokens side by side, and every token attends through its
+// sequence's block table (PagedAttention).
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,9 @@
 namespace tinyvllm {
 
 struct Batch {
-  std::span<const std::int32_t> tokens;     // [num_tokens], each in [0, vocab)
-  std::span<const std::int32_t> positions;  // [num_tokens]
-  std::span<const std::int64_t> slots;      // [num_tokens], where each token's K and V go
+  std::span<const std::int32_t> tokens;      // [num_tokens], each in [0, vocab)
+  std::span<const std::int32_t> positions;   // [num_tokens]
+  std::span<const std::int64_t> slots;       // [num_tokens], where each token's K and V go
   std::span<const BatchSequence> sequences;  // in the order of their tokens, covering all of them
   std::span<const std::int32_t> logit_rows;  // the tokens whose logits are wanted
 };
@@ -38,8 +38,8 @@ class Transformer {
   const Weights& weights() const { return weights_; }
   KvShape kv_shape(std::int64_t num_blocks, std::int64_t block_size) const;
 
-  // Writes the K and V of all tokens to `kv` and returns the logits [logit_rows, vocab], float32, which
-  // stay valid until the next call. One batch at a time.
+  // Writes the K and V of all tokens to `kv` and returns the logits [logit_rows, vocab], float32,
+  // which stay valid until the next call. One batch at a time.
   MutTensorView forward(const Batch& batch, const KvCache& kv);
 
  private:
