@@ -86,7 +86,8 @@ format: $(STAMPS)/dev  ## clang-format and ruff, written in place
 # Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
 # built with the sanitizers, so their library has to be loaded first, and that of C++ for its
 # exceptions. Reports go to files, because a test may expect that a process fails: any report fails
-# the run. Leaks are not looked for: Python itself keeps what it allocates at the end.
+# the run. Leaks are not looked for: Python itself keeps what it allocates at the end. SIGBUS is left
+# to the core's own handler and what its tests put before it.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
@@ -99,7 +100,7 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON '.[test]'
 	rm -f $(ASAN)/report.*
 	LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc \
-	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \
+	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \
 	  UBSAN_OPTIONS=$(ASAN_REPORTS) \
 	  $(ASAN)/venv/bin/python -m pytest $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \

@@ -92,7 +92,8 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
 
 def multiply_then_add(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of float32 values, rounded after each."""
-    return np.float32(a) * np.float32(b) + np.float32(c)
+    total: Array = a.astype(np.float32) * b.astype(np.float32) + c.astype(np.float32)
+    return total
 
 
 def tree_sum(lanes: Array) -> Array:
@@ -135,7 +136,7 @@ class Guarded:
         buffer = (ctypes.c_char * len(self._memory)).from_buffer(self._memory)
         self._base = ctypes.addressof(buffer)
         start = page + (inside - size if end else 0)
-        flat = np.frombuffer(buffer, dtype=array.dtype, count=array.size, offset=start)
+        flat = np.frombuffer(self._memory, dtype=array.dtype, count=array.size, offset=start)
         self.array = flat.reshape(array.shape)
         self.array[...] = array
         self._forbid(0)

@@ -114,7 +114,8 @@ class Case:
         before = np.cumsum(softmax(x)[order]) - softmax(x)[order]  # mass of all that are better
         if option["top_p"] < 1:
             x[order[before >= option["top_p"]]] = -np.inf
-        return x
+        scores: Floats = x
+        return scores
 
     def want(self, seed: int) -> int:
         scores = self.scores()
@@ -126,7 +127,8 @@ class Case:
 
 def softmax(x: Floats) -> Floats:
     weights = np.exp(x - x.max())
-    return np.asarray(weights / weights.sum())
+    result: Floats = weights / weights.sum()
+    return result
 
 
 def random_logits(seed: int, vocab: int) -> npt.NDArray[np.float32]:
@@ -139,7 +141,7 @@ def row(values: list[float]) -> npt.NDArray[np.float32]:
 
 def of(*probabilities: float) -> npt.NDArray[np.float32]:
     """Logits whose softmax these are."""
-    return np.log(np.array(probabilities)).astype(np.float32)
+    return row([math.log(probability) for probability in probabilities])
 
 
 def drawn(logits: npt.NDArray[np.float32], seeds: int = 300, **options: Any) -> set[int]:

@@ -90,6 +90,19 @@ def test_an_exception_reaches_the_caller_and_the_pool_goes_on(bad_index: int) ->
     assert sorted(seen) == list(range(100))
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_exception_reaches_the_caller_from_every_thread(failing: int) -> None:
+    both = threading.Barrier(2, timeout=30)  # so that each thread makes one of the two calls
+
+    def call(index: int, worker: int) -> None:
+        both.wait()
+        if worker == failing:
+            raise KeyError(f"worker {worker}")
+
+    with pytest.raises(KeyError, match=f"worker {failing}"):
+        _core.CpuContext(2).parallel_for(2, call)
+
+
 def test_when_all_calls_fail_one_of_their_exceptions_comes_out() -> None:
     def call(index: int, worker: int) -> None:
         raise KeyError(index)
@@ -153,6 +166,9 @@ def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPat
     assert _core.CpuContext(1).isa == _core.supported_isas()[0]
 
 
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends where memory ends"
+)
 def test_threads_that_the_system_does_not_give_are_an_error_with_the_numbers() -> None:
     code = """
         import resource

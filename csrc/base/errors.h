@@ -1,5 +1,5 @@
-// The errors that the core throws. Each becomes the Python class of the same name in tinyvllm.errors,
-// and from there an exit code.
+// The errors that the core throws. Each becomes the Python class of the same name in
+// tinyvllm.errors, and from there an exit code.
 //
 // A message says what is wrong, where, with the numbers, and one thing to try, in one line.
 #pragma once

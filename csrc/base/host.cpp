@@ -29,8 +29,8 @@ std::optional<std::int64_t> read_integer(const fs::path& path) {
 // `controller` is empty for cgroup v2.
 std::vector<fs::path> cgroup_directories(const std::string& controller) {
   std::ifstream file("/proc/self/cgroup");
-  const fs::path mount = controller.empty() ? fs::path("/sys/fs/cgroup")
-                                            : fs::path("/sys/fs/cgroup") / controller;
+  const fs::path mount =
+      controller.empty() ? fs::path("/sys/fs/cgroup") : fs::path("/sys/fs/cgroup") / controller;
   std::vector<fs::path> directories;
   for (std::string line; std::getline(file, line);) {  // "hierarchy:controllers:path"
     const std::size_t first = line.find(':');
@@ -51,8 +51,8 @@ std::vector<fs::path> cgroup_directories(const std::string& controller) {
   return directories;
 }
 
-// Bytes of a cgroup's usage that are cached file pages. The kernel takes them back before it refuses
-// memory, and a container that has just downloaded a model is full of them.
+// Bytes of a cgroup's usage that are cached file pages. The kernel takes them back before it
+// refuses memory, and a container that has just downloaded a model is full of them.
 std::int64_t cached_file_bytes(const fs::path& stat_file, const std::string& prefix) {
   std::ifstream file(stat_file);
   std::int64_t total = 0, bytes = 0;
@@ -134,8 +134,8 @@ std::int64_t available_memory() {
     const auto limit = read_integer(directory / limit_file);
     const auto usage = read_integer(directory / usage_file);
     if (!limit || !usage) return;
-    const std::int64_t needed =
-        std::max<std::int64_t>(0, *usage - cached_file_bytes(directory / "memory.stat", stat_prefix));
+    const std::int64_t needed = std::max<std::int64_t>(
+        0, *usage - cached_file_bytes(directory / "memory.stat", stat_prefix));
     available = std::min(available, std::max<std::int64_t>(0, *limit - needed));
   };
   for (const fs::path& directory : cgroup_directories("")) {

@@ -14,9 +14,9 @@ std::vector<std::string> supported_isas();
 // One thread a physical core in the affinity mask, capped by the cgroup's CPU quota; at least 1.
 int default_num_threads();
 
-// Bytes of memory that this process could still allocate: MemAvailable, capped by what is left under
-// the limits of its cgroup (v2, or v1's memory controller) and of every cgroup above it. Cached pages
-// of files count as free.
+// Bytes of memory that this process could still allocate: MemAvailable, capped by what is left
+// under the limits of its cgroup (v2, or v1's memory controller) and of every cgroup above it.
+// Cached pages of files count as free.
 std::int64_t available_memory();
 
 }  // namespace tinyvllm

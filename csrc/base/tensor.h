@@ -1,7 +1,8 @@
 // Views of tensors that somebody else owns: pointer, dtype, shape, and the distance between rows.
 //
-// Every tensor of the forward pass is a matrix [rows, cols] or a vector [cols] (rows = 1). The elements of a
-// row are contiguous; rows may lie further apart (a slice of columns of a wider matrix).
+// Every tensor of the forward pass is a matrix [rows, cols] or a vector [cols] (rows = 1). The
+// elements of a row are contiguous; rows may lie further apart (a slice of columns of a wider
+// matrix).
 #pragma once
 
 #include <cstddef>
@@ -43,14 +44,14 @@ struct MutTensorView {
 
 inline TensorView columns(TensorView view, std::int64_t first, std::int64_t count) {
   const auto* bytes = static_cast<const std::byte*>(view.data);
-  return {bytes + first * static_cast<std::int64_t>(size_of(view.dtype)), view.dtype, view.rows, count,
-          view.row_stride};
+  return {bytes + first * static_cast<std::int64_t>(size_of(view.dtype)), view.dtype, view.rows,
+          count, view.row_stride};
 }
 
 inline MutTensorView columns(MutTensorView view, std::int64_t first, std::int64_t count) {
   auto* bytes = static_cast<std::byte*>(view.data);
-  return {bytes + first * static_cast<std::int64_t>(size_of(view.dtype)), view.dtype, view.rows, count,
-          view.row_stride};
+  return {bytes + first * static_cast<std::int64_t>(size_of(view.dtype)), view.dtype, view.rows,
+          count, view.row_stride};
 }
 
 inline MutTensorView first_rows(MutTensorView view, std::int64_t count) {

@@ -57,8 +57,8 @@ ThreadPool::ThreadPool(int num_threads) : owner_(getpid()) {
 
 ThreadPool::~ThreadPool() {
   if (getpid() != owner_) {
-    // A forked child: there is nobody to join, and even detach() would write to the memory of threads
-    // that are gone, which a new one may have by now. The handles are leaked on purpose.
+    // A forked child: there is nobody to join, and even detach() would write to the memory of
+    // threads that are gone, which a new one may have by now. The handles are leaked on purpose.
     std::make_unique<std::vector<std::thread>>(std::move(threads_)).release();
     return;
   }

@@ -19,8 +19,8 @@ namespace tinyvllm {
 
 class ThreadPool {
  public:
-  // num_threads counts the caller: 1 starts no thread. Throws InvalidRequestError outside 1..1024 and
-  // CapacityError where the system gives no more threads.
+  // num_threads counts the caller: 1 starts no thread. Throws InvalidRequestError outside 1..1024
+  // and CapacityError where the system gives no more threads.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -29,8 +29,9 @@ class ThreadPool {
   int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
 
   // Calls f(index, worker) once for each index in [0, count), on all threads, in no fixed order;
-  // worker is in [0, num_threads()) and no two calls at a time share one. Returns when all are done.
-  // The first exception of f is thrown to the caller, after the calls that had begun have ended.
+  // worker is in [0, num_threads()) and no two calls at a time share one. Returns when all are
+  // done. The first exception of f is thrown to the caller, after the calls that had begun have
+  // ended.
   //
   // One caller at a time. In a forked child the threads do not exist: throws Error.
   template <typename F>

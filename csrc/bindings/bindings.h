@@ -1,4 +1,5 @@
-// What the parts of the Python module tinyvllm._core share. Nothing outside this folder knows Python.
+// What the parts of the Python module tinyvllm._core share. Nothing outside this folder knows
+// Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,7 +1,7 @@
 // tinyvllm._core.ops: every op on NumPy arrays, for tests and for the curious.
 //
-// float32 arrays are float32 tensors; uint16 arrays are the bits of bfloat16. Results are new arrays, filled
-// with NaN before the op runs, so that an element it forgets is seen.
+// float32 arrays are float32 tensors; uint16 arrays are the bits of bfloat16. Results are new
+// arrays, filled with NaN before the op runs, so that an element it forgets is seen.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -30,7 +30,9 @@ using Floats = py::array_t<float, py::array::c_style>;
 using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
 using Longs = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
-[[noreturn]] void refuse(const std::string& what) { throw InvalidRequestError("ops: " + what + "."); }
+[[noreturn]] void refuse(const std::string& what) {
+  throw InvalidRequestError("ops: " + what + ".");
+}
 
 DType dtype_of(const py::array& array) {
   if (py::isinstance<py::array_t<float>>(array)) return DType::kFloat32;
@@ -116,15 +118,18 @@ py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const
   return py::make_tuple(sum, out);
 }
 
-py::array bind_matmul(const CpuContext& ctx, const py::array& x, const std::vector<py::array>& blocks,
+py::array bind_matmul(const CpuContext& ctx, const py::array& x,
+                      const std::vector<py::array>& blocks,
                       const std::vector<std::optional<Floats>>& biases) {
   Weight weight;
-  if (blocks.empty() || blocks.size() > weight.blocks.size()) refuse("give one to three row blocks");
+  if (blocks.empty() || blocks.size() > weight.blocks.size())
+    refuse("give one to three row blocks");
   weight.dtype = dtype_of(blocks.front());
   weight.depth = view(blocks.front()).cols;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     const MutTensorView block = view(blocks[i]);
-    if (block.cols != weight.depth || block.row_stride != block.cols || block.dtype != weight.dtype) {
+    if (block.cols != weight.depth || block.row_stride != block.cols ||
+        block.dtype != weight.dtype) {
       refuse("the row blocks differ in depth or dtype, or are not contiguous");
     }
     const float* bias = i < biases.size() ? optional_data(biases[i]) : nullptr;
@@ -155,10 +160,12 @@ py::array bind_rope_angles(const CpuContext& ctx, const Ints& positions, const F
 // keys and values: [num_blocks, num_kv_heads, block_size, head_dim], written or read in place.
 KvLayer kv_layer(py::array& keys, py::array& values) {
   if (keys.ndim() != 4 || values.ndim() != 4 || (keys.flags() & py::array::c_style) == 0) {
-    refuse("keys and values are contiguous arrays [num_blocks, num_kv_heads, block_size, head_dim]");
+    refuse(
+        "keys and values are contiguous arrays [num_blocks, num_kv_heads, block_size, head_dim]");
   }
   const bool alike = std::equal(keys.shape(), keys.shape() + 4, values.shape()) &&
-                     dtype_of(keys) == dtype_of(values) && (values.flags() & py::array::c_style) != 0;
+                     dtype_of(keys) == dtype_of(values) &&
+                     (values.flags() & py::array::c_style) != 0;
   if (!alike || keys.size() == 0) refuse("keys and values differ in shape or dtype, or are empty");
   return {keys.mutable_data(), values.mutable_data(),
           KvShape{.num_layers = 1,
@@ -170,8 +177,8 @@ KvLayer kv_layer(py::array& keys, py::array& values) {
 }
 
 // Returns the new qkv; writes into keys and values.
-py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv, std::int64_t num_heads,
-                                      const std::optional<Floats>& q_norm,
+py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv,
+                                      std::int64_t num_heads, const std::optional<Floats>& q_norm,
                                       const std::optional<Floats>& k_norm, float eps,
                                       const Floats& cos_sin, const Longs& slots, py::array keys,
                                       py::array values) {
@@ -187,7 +194,8 @@ py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv, 
     if (norm && norm->size() != cache.shape.head_dim) refuse("a norm is not as long as a head");
   }
   for (const std::int64_t slot : span_of(slots)) {
-    if (slot < 0 || slot >= cache.shape.num_blocks * cache.shape.block_size) refuse("a slot is outside");
+    if (slot < 0 || slot >= cache.shape.num_blocks * cache.shape.block_size)
+      refuse("a slot is outside");
   }
   qk_norm_rope_and_cache(ctx, view(result), num_heads, optional_data(q_norm), optional_data(k_norm),
                          eps, angles, span_of(slots), cache);
@@ -243,8 +251,8 @@ void bind_ops(py::module_& module) {
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
-  ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"), py::arg("eps"),
-          py::arg("dtype") = "float32");
+  ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"),
+          py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("add_rms_norm", &bind_add_rms_norm, py::arg("ctx"), py::arg("residual"), py::arg("x"),
           py::arg("weight"), py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),

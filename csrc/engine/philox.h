@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011): random numbers without state. The same key and counter give the same
-// number on any device, in any order.
+// Philox4x32-10 (Salmon et al. 2011): random numbers without state. The same key and counter give
+// the same number on any device, in any order.
 #pragma once
 
 #include <array>

@@ -56,8 +56,8 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
   }
 }
 
-// The ids that min_p, top_k and top_p leave, given logits that are already divided by the temperature.
-// Each filter sees the distribution that the one before it left, scaled to sum to one.
+// The ids that min_p, top_k and top_p leave, given logits that are already divided by the
+// temperature. Each filter sees the distribution that the one before it left, scaled to sum to one.
 std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
   std::vector<std::int32_t> kept;
   const float maximum = *std::max_element(logits.begin(), logits.end());

@@ -15,8 +15,9 @@ namespace tinyvllm {
 //   yarn    by rotations within the original context: a linear ramp over i from kept to divided by
 //           factor ("NTK by parts", Peng et al. 2023)
 //
-// Every step is rounded to float32, as in Transformers: multiplied by a position of many thousands, one
-// unit in the last place of a frequency is visible in the logits, and models were trained with these.
+// Every step is rounded to float32, as in Transformers: multiplied by a position of many thousands,
+// one unit in the last place of a frequency is visible in the logits, and models were trained with
+// these.
 std::vector<float> rope_inverse_frequencies(const RopeConfig& rope, std::int64_t head_dim);
 
 }  // namespace tinyvllm

@@ -33,8 +33,8 @@ class Loader {
     return static_cast<const float*>(copy(checkpoint_.tensor(name, shape), size, DType::kFloat32));
   }
 
-  // The tensors `prefix + names[i] + ".weight"` of rows[i] rows each, as one stacked matrix, with the
-  // biases beside them if there are any.
+  // The tensors `prefix + names[i] + ".weight"` of rows[i] rows each, as one stacked matrix, with
+  // the biases beside them if there are any.
   Weight matrix(const std::string& prefix, std::initializer_list<const char*> names,
                 std::initializer_list<std::int64_t> rows, std::int64_t depth, bool bias,
                 const char* hint = "") {
@@ -116,7 +116,8 @@ Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType 
 
   const Weight embedding =
       load.matrix("model.", {"embed_tokens"}, {config.vocab_size}, hidden, false);
-  weights.embedding = {embedding.blocks[0].data, embedding.dtype, config.vocab_size, hidden, hidden};
+  weights.embedding = {embedding.blocks[0].data, embedding.dtype, config.vocab_size, hidden,
+                       hidden};
 
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
@@ -132,9 +133,9 @@ Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType 
     target.attention_output =
         load.matrix(attention, {"o_proj"}, {hidden}, q_rows, config.attention_output_bias);
     target.post_attention_norm = load.vector(prefix + "post_attention_layernorm.weight", hidden);
-    target.gate_up = load.matrix(mlp, {"gate_proj", "up_proj"},
-                                 {config.intermediate_size, config.intermediate_size}, hidden,
-                                 config.mlp_bias);
+    target.gate_up =
+        load.matrix(mlp, {"gate_proj", "up_proj"},
+                    {config.intermediate_size, config.intermediate_size}, hidden, config.mlp_bias);
     target.down =
         load.matrix(mlp, {"down_proj"}, {hidden}, config.intermediate_size, config.mlp_bias);
   }

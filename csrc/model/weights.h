@@ -7,8 +7,8 @@
 //   float16   copied to bfloat16     copied to float32
 //   float32   copied to bfloat16     as it lies
 //
-// Norm weights and biases are small: they are copied to float32. A tensor that is not aligned to its own
-// element size is copied, too.
+// Norm weights and biases are small: they are copied to float32. A tensor that is not aligned to
+// its own element size is copied, too.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ struct LayerWeights {
 };
 
 struct Weights {
-  DType compute;         // bfloat16 or float32: the dtype of activations that enter a matrix product
+  DType compute;  // bfloat16 or float32: the dtype of activations that enter a matrix product
   TensorView embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
   const float* final_norm;  // [hidden]

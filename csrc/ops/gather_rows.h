@@ -4,7 +4,8 @@
 //   table  [any, cols]         float32 or bfloat16
 //   out    [num_rows, cols]    float32
 //
-// With token ids and the embedding matrix this is the token embedding; the rows are read where they lie.
+// With token ids and the embedding matrix this is the token embedding; the rows are read where they
+// lie.
 #pragma once
 
 #include <span>

@@ -1,8 +1,8 @@
 // The KV cache in pages (PagedAttention, Kwon et al. 2023).
 //
 // Keys and values of all layers live in one pool of fixed-size blocks. A block holds block_size
-// consecutive tokens of one sequence, in every layer; a sequence's block table says which. Only this
-// file and the attention ops know the layout:
+// consecutive tokens of one sequence, in every layer; a sequence's block table says which. Only
+// this file and the attention ops know the layout:
 //
 //   [layer][K or V][block][kv_head][slot][head_dim]     float32 or bfloat16
 //
@@ -32,7 +32,8 @@ struct KvLayer {
   KvShape shape;
 };
 
-// The memory of a pool on the CPU: reserved at once, and taken from the system only as blocks are used.
+// The memory of a pool on the CPU: reserved at once, and taken from the system only as blocks are
+// used.
 class KvCache {
  public:
   // Throws CapacityError if the address space cannot be had.

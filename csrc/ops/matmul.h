@@ -6,8 +6,8 @@
 //   bias    [outputs]            float32, a part of each row block, or absent
 //   out     [num_rows, outputs]  float32; may not alias x
 //
-// Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32 x
-// float32. Products are added in float32, for one output always in the same order (DESIGN 4.2).
+// Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32
+// x float32. Products are added in float32, for one output always in the same order (DESIGN 4.2).
 #pragma once
 
 #include <array>

@@ -7,8 +7,8 @@
 namespace tinyvllm {
 namespace {
 
-// The work is cut into blocks of rows of x that stay in a core's L2 cache, and, inside, into strips of
-// outputs for the threads to take. Neither cut changes the order in which an output is summed.
+// The work is cut into blocks of rows of x that stay in a core's L2 cache, and, inside, into strips
+// of outputs for the threads to take. Neither cut changes the order in which an output is summed.
 constexpr std::int64_t kCacheBytes = 512 * 1024;
 constexpr std::int64_t kStripOutputs = 96;  // a multiple of every register tile
 

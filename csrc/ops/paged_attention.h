@@ -2,17 +2,18 @@
 //
 //   out[t, h] = sum_p softmax_p(scale q[t, h] . K[p, h / group]) V[p, h / group]
 //
-// over the positions p of t's own sequence with  position(t) - window < p <= position(t)  (window 0: all
-// p <= position(t)); group = num_heads / num_kv_heads (grouped-query attention, Ainslie et al. 2023).
+// over the positions p of t's own sequence with  position(t) - window < p <= position(t)  (window
+// 0: all p <= position(t)); group = num_heads / num_kv_heads (grouped-query attention, Ainslie et
+// al. 2023).
 //
 //   q    [num_tokens, num_heads * head_dim]  float32; rows may be part of wider rows (qkv)
 //   kv   one layer of the pool; the K and V of every token of the batch are already in it
 //   out  [num_tokens, num_heads * head_dim]  float32 or bfloat16, what the next matmul reads
 //
-// Prefill chunks and decode tokens are the same thing here: a token reads K and V back from the pool, in
-// tiles aligned to absolute position and splits cut at fixed positions, so its result depends neither
-// on its batch nor on how its prompt was cut into chunks (DESIGN 4.2). Slots outside the range are never
-// read. Throws Error where a group has more than kMaxGroup heads.
+// Prefill chunks and decode tokens are the same thing here: a token reads K and V back from the
+// pool, in tiles aligned to absolute position and splits cut at fixed positions, so its result
+// depends neither on its batch nor on how its prompt was cut into chunks (DESIGN 4.2). Slots
+// outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
 #pragma once
 
 #include <span>

@@ -16,18 +16,21 @@ void attend(const CpuContext& ctx, TensorView q, const KvLayer& kv,
   const std::int64_t group = num_heads / shape.num_kv_heads, width = group * shape.head_dim;
   std::vector<float> buffers(static_cast<std::size_t>(2 * width * ctx.num_threads()));
 
-  // One share: the query heads of one KV head at one token. Later tokens cost more, so they go first.
+  // One share: the query heads of one KV head at one token. Later tokens cost more, so they go
+  // first.
   ctx.parallel_for(q.rows * shape.num_kv_heads, [&](std::int64_t index, int worker) {
     const std::int64_t t = q.rows - 1 - index / shape.num_kv_heads;
     const std::int64_t kv_head = index % shape.num_kv_heads;
-    const auto sequence = std::upper_bound(
-        sequences.begin(), sequences.end(), t,
-        [](std::int64_t token, const BatchSequence& s) { return token < s.first_token; }) - 1;
+    const auto sequence = std::upper_bound(sequences.begin(), sequences.end(), t,
+                                           [](std::int64_t token, const BatchSequence& s) {
+                                             return token < s.first_token;
+                                           }) -
+                          1;
     const std::int64_t position = sequence->first_position + t - sequence->first_token;
     const std::int64_t head_offset = kv_head * shape.block_size * shape.head_dim;
     float* scratch = buffers.data() + 2 * width * worker;
-    float* result = out.dtype == DType::kFloat32 ? out.row<float>(t) + kv_head * width
-                                                 : scratch + width;
+    float* result =
+        out.dtype == DType::kFloat32 ? out.row<float>(t) + kv_head * width : scratch + width;
     kernel({.query = q.row<float>(t) + kv_head * width,
             .keys = static_cast<const Kv*>(kv.keys) + head_offset,
             .values = static_cast<const Kv*>(kv.values) + head_offset,

@@ -1,4 +1,5 @@
-// Rotary position embedding (Su et al. 2021), half-split form: element i turns with element i + d/2.
+// Rotary position embedding (Su et al. 2021), half-split form: element i turns with element i +
+// d/2.
 #pragma once
 
 #include <span>
@@ -17,8 +18,8 @@ namespace tinyvllm {
 //   scale        1, except for YaRN (its attention factor)
 //   cos_sin      [num_tokens, head_dim]  float32
 //
-// The angle is a float32 product, as in Transformers: at position 100,000 its rounding is visible, and
-// models were trained with it.
+// The angle is a float32 product, as in Transformers: at position 100,000 its rounding is visible,
+// and models were trained with it.
 void rope_angles(const CpuContext& ctx, std::span<const std::int32_t> positions,
                  std::span<const float> inverse_frequencies, float scale, MutTensorView cos_sin);
 

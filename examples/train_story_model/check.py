@@ -24,24 +24,25 @@ MAX_NEW_TOKENS = 500
 
 def max_logit_difference(directory: Path, text: str) -> float:
     """Largest difference to model.py in float32, relative to the largest logit."""
-    ours = Llama(Config()).eval()
+    ours = Llama(Config())
     ours.load_state_dict(load_file(directory / "model.safetensors"))
-    theirs = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    theirs = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : Config.max_position_embeddings]
     with torch.no_grad():
         want, got = theirs(ids).logits, ours(ids)
-    return ((want - got).abs().max() / want.abs().max()).item()
+    return float((want - got).abs().max() / want.abs().max())
 
 
 def tell(directory: Path, prompts: list[str], chat: bool, seed: int) -> list[tuple[str, bool]]:
     """Continues each prompt with the sampling of generation_config.json: (text, ended itself)."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     if chat:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompts = list(rendered)
     # The chat template starts with BOS; for a raw prompt the tokenizer adds it.
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     ids = batch.input_ids

@@ -22,9 +22,9 @@ class Config:
     hidden_size: int = 256
     intermediate_size: int = 512
     num_hidden_layers: int = 5
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 64
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0

@@ -1,6 +1,6 @@
 // Attention of one token over its paged context, with an online softmax (Milakov & Gimelshein 2018;
-// FlashAttention, Dao et al. 2022): the scores of a tile are used and forgotten, and what was summed
-// under an older maximum is scaled down when a larger score appears.
+// FlashAttention, Dao et al. 2022): the scores of a tile are used and forgotten, and what was
+// summed under an older maximum is scaled down when a larger score appears.
 //
 // A position outside [first, last] is never read: its slot may hold anything.
 #pragma once
@@ -27,7 +27,8 @@ TINYVLLM_INLINE float dot(const float* query, const Kv* key, std::int64_t size) 
 
 // x[i] = x[i] * scale + y[i] * weight
 template <typename T>
-TINYVLLM_INLINE void scale_and_add(float* x, float scale, const T* y, float weight, std::int64_t size) {
+TINYVLLM_INLINE void scale_and_add(float* x, float scale, const T* y, float weight,
+                                   std::int64_t size) {
   const Float scales = broadcast(scale), weights = broadcast(weight);
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
@@ -40,7 +41,8 @@ TINYVLLM_INLINE void scale_and_add(float* x, float scale, const T* y, float weig
   }
 }
 
-// The state of an online softmax over values: maximum score, sum of weights, weighted sum of values.
+// The state of an online softmax over values: maximum score, sum of weights, weighted sum of
+// values.
 struct Softmax {
   float maximum = kMinusInfinity;
   float total = 0.0f;

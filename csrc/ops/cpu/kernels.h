@@ -1,8 +1,8 @@
 // The inner loops of the CPU ops, as one table of functions for each instruction set.
 //
-// kernels.cpp is compiled once for every set, with that set's compiler flags, and defines one table.
-// The ops (csrc/ops/*_cpu.cpp) check shapes and share out the work; what they call for a share is here.
-// All pointers need only be aligned to their element.
+// kernels.cpp is compiled once for every set, with that set's compiler flags, and defines one
+// table. The ops (csrc/ops/*_cpu.cpp) check shapes and share out the work; what they call for a
+// share is here. All pointers need only be aligned to their element.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ struct MatmulShare {
 // Attention of the query heads of one KV head at one token.
 template <typename Kv>
 struct AttentionShare {
-  const float* query;  // [group, head_dim]
-  const Kv* keys;      // [num_blocks, num_kv_heads, block_size, head_dim], at this KV head
-  const Kv* values;    // likewise
+  const float* query;         // [group, head_dim]
+  const Kv* keys;             // [num_blocks, num_kv_heads, block_size, head_dim], at this KV head
+  const Kv* values;           // likewise
   std::int64_t block_stride;  // elements from one block to the next
   const std::int32_t* block_table;
   std::int64_t block_size, head_dim, group;
@@ -61,10 +61,11 @@ struct Kernels {
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
 };
 
-// Long contexts are cut at fixed absolute positions; each piece has an online softmax of its own, and
-// the pieces are merged in ascending order. The cuts do not depend on who computes a piece.
+// Long contexts are cut at fixed absolute positions; each piece has an online softmax of its own,
+// and the pieces are merged in ascending order. The cuts do not depend on who computes a piece.
 inline constexpr std::int64_t kAttentionSplit = 1024;
-// Scores are computed in tiles of this many positions, aligned to absolute position. Divides the split.
+// Scores are computed in tiles of this many positions, aligned to absolute position. Divides the
+// split.
 inline constexpr std::int64_t kAttentionTile = 16;
 
 // The most query heads that may share one KV head.

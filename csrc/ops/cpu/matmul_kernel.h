@@ -1,5 +1,5 @@
-// The micro-kernel of y = x W^T, both operands contiguous along the depth (k): dot products in a tile
-// of registers. See MatmulShare in kernels.h for what it computes and in which order it adds.
+// The micro-kernel of y = x W^T, both operands contiguous along the depth (k): dot products in a
+// tile of registers. See MatmulShare in kernels.h for what it computes and in which order it adds.
 #pragma once
 
 #include "ops/cpu/kernels.h"
@@ -7,7 +7,8 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
-// How a pair of element types is loaded and multiplied. kStep: elements of k that one step consumes.
+// How a pair of element types is loaded and multiplied. kStep: elements of k that one step
+// consumes.
 template <typename X, typename W>
 struct Product {
   static constexpr int kStep = kLanes;
@@ -33,7 +34,8 @@ struct Product<BFloat16, BFloat16> {
 };
 #endif
 
-// Registers: kTileRows x kTileOutputs accumulators, one vector of weights for each output, one of x.
+// Registers: kTileRows x kTileOutputs accumulators, one vector of weights for each output, one of
+// x.
 #if defined(__AVX512F__)
 inline constexpr int kTileRows = 4, kTileOutputs = 6;  // of 32
 #else

@@ -5,7 +5,8 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
-inline void rms_norm(const float* x, const float* weight, float eps, std::int64_t size, float* out) {
+inline void rms_norm(const float* x, const float* weight, float eps, std::int64_t size,
+                     float* out) {
   Float sums{};
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) sums = multiply_add(load(x + i), load(x + i), sums);
@@ -15,9 +16,11 @@ inline void rms_norm(const float* x, const float* weight, float eps, std::int64_
   }
   const float mean = horizontal_sum(sums) / static_cast<float>(size);
   const Float scale = broadcast(1.0f / __builtin_sqrtf(mean + eps));
-  for (i = 0; i + kLanes <= size; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(out + i, load(x + i) * scale * load(weight + i));
   if (i < size) {
-    store_partial(out + i, load_partial(x + i, size - i) * scale * load_partial(weight + i, size - i),
+    store_partial(out + i,
+                  load_partial(x + i, size - i) * scale * load_partial(weight + i, size - i),
                   size - i);
   }
 }
@@ -39,7 +42,8 @@ inline void silu_mul(const float* gate, const float* up, std::int64_t size, floa
 }
 
 inline void convert_to_bfloat16(const float* x, std::int64_t size, BFloat16* out) {
-  for (std::int64_t i = 0; i < size; ++i) {  // to_bfloat16 of base/bfloat16.h, in a form that vectorises
+  for (std::int64_t i = 0; i < size;
+       ++i) {  // to_bfloat16 of base/bfloat16.h, in a form that vectorises
     std::uint32_t bits;
     __builtin_memcpy(&bits, x + i, sizeof(bits));
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

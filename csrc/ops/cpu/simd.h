@@ -1,8 +1,8 @@
 // Vectors of float32 in the registers of the instruction set that this file is compiled for.
 //
-// Included by kernels.cpp only, which is compiled several times. Everything is inside a namespace named
-// after the instruction set and nothing comes from the standard library, so that the linker can never
-// pick a function built for a newer CPU on behalf of code that runs on an older one.
+// Included by kernels.cpp only, which is compiled several times. Everything is inside a namespace
+// named after the instruction set and nothing comes from the standard library, so that the linker
+// can never pick a function built for a newer CPU on behalf of code that runs on an older one.
 #pragma once
 
 #if defined(__x86_64__)
@@ -76,8 +76,8 @@ TINYVLLM_INLINE float horizontal_sum(Float v) {
 }
 
 // e^x for x <= about 88, to within 2 units in the last place; 0 below about -87, also for -inf.
-// Range reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the first terms of the series with
-// coefficients fitted to the interval, as in Cephes' expf).
+// Range reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the first terms of the series
+// with coefficients fitted to the interval, as in Cephes' expf).
 TINYVLLM_INLINE Float exp(Float x) {
   const Float lowest = broadcast(-87.0f), highest = broadcast(88.0f);
   const Int underflow = x < lowest;
