@@ -93,8 +93,12 @@ def take_step(engine: Any, results: dict[int, Result]) -> None:
             result.tokens.append(token)
             result.logprobs.append(logprobs)
         result.finish = finish
-        result.error = output.errors.get(request)
-        assert (finish == "error") == (result.error is not None)
+    errors = {request: error for request, _, error in output.ended}
+    assert len(errors) == len(output.ended)
+    assert set(errors) == {request for request in output.request if results[request].finish}
+    for request, error in errors.items():
+        results[request].error = error
+        assert (results[request].finish == "error") == (error is not None)
 
 
 def drain(engine: Any) -> dict[int, Result]:
@@ -342,10 +346,11 @@ def test_a_request_that_fails_takes_no_other_with_it(model: Path, greedy: list[i
 def test_stats_count_what_was_computed(model: Path) -> None:
     engine = engine_of(model, max_num_batched_tokens=10)
     generate(engine, PROMPT, max_tokens=7)
-    generate(engine, PROMPT[:10], max_tokens=3)
+    generate(engine, PROMPT[5:15], max_tokens=3)  # no prefix in common
     stats = engine.stats()
     assert stats["prompt_tokens"] == len(PROMPT) + 10
     assert stats["generation_tokens"] == 10
+    assert stats["num_preemptions"] == 0
     assert stats["num_steps"] == (3 + 6) + (1 + 2)  # 25 prompt tokens take three steps of 10
 
 
@@ -614,13 +619,13 @@ def test_a_file_cut_off_during_generation_is_an_error_of_that_engine_only(
     results: dict[int, Result] = {}
     for _ in range(3):
         take_step(engine, results)
-    assert results[1].tokens == greedy[:3]
+    assert results[1].tokens == results[2].tokens == greedy[:3]
 
     os.truncate(doomed / "model.safetensors", 0)
     while engine.has_unfinished():
         take_step(engine, results)
-    for request, tokens in [(1, greedy[:3]), (2, [])]:
-        assert results[request].tokens == tokens  # none that was computed from zeros
+    for request in (1, 2):
+        assert results[request].tokens == greedy[:3]  # none that was computed from zeros
         assert results[request].finish == "error"
         assert isinstance(results[request].error, CheckpointError)
         assert "model.safetensors" in str(results[request].error)
@@ -668,7 +673,7 @@ def test_in_a_forked_child_a_step_is_an_error_that_says_so(model: Path) -> None:
         engine.add_request(1, [1, 2, 3], _core.SamplingParams(max_tokens=4))
         if os.fork() == 0:
             output = engine.step()
-            print(output.finish, output.errors[1], flush=True)
+            print(output.finish, output.ended[0][2], flush=True)
             own = _core.Engine({str(model)!r}, num_threads=2, num_blocks=40)
             own.add_request(1, [1, 2, 3], _core.SamplingParams(max_tokens=1))
             print(own.step().finish, flush=True)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from families import FAMILIES
-from tinyvllm import LLM, SamplingParams
-from tinyvllm.errors import CapacityError, CheckpointError, DeviceError, InvalidRequestError
+from tinyvllm import LLM, SamplingParams, _core
+from tinyvllm.errors import (
+    CapacityError,
+    CheckpointError,
+    DeviceError,
+    InvalidRequestError,
+    TinyvllmError,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -37,6 +45,7 @@ def text_of(llm: LLM, prompt: Any, params: SamplingParams = GREEDY) -> str:
 def test_a_prompt_means_the_same_in_every_form(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("Hello")
     forms = ["Hello", ["Hello"], ids, [ids], {"prompt": "Hello"}, [{"prompt_token_ids": ids}]]
+    forms += [tuple(ids), np.array(ids), np.array([ids])]
     assert len({text_of(llm, form) for form in forms}) == 1
 
 
@@ -70,6 +79,20 @@ def test_a_stream_that_is_dropped_frees_its_request(llm: LLM) -> None:
     assert llm.stats()["num_free_blocks"] == llm.stats()["num_blocks"]
 
 
+def test_n_outputs_differ_and_the_first_is_that_of_n_1(llm: LLM) -> None:
+    one, many = (
+        SamplingParams(n=n, seed=3, temperature=1.5, max_tokens=12, ignore_eos=True) for n in (1, 4)
+    )
+    outputs = llm.generate("Hello", many, use_tqdm=False)[0].outputs
+    assert [output.index for output in outputs] == [0, 1, 2, 3]
+    assert len({output.text for output in outputs}) == 4
+    assert outputs[0] == llm.generate("Hello", one, use_tqdm=False)[0].outputs[0]
+    texts = [""] * 4
+    for delta in llm.stream("Hello", many):
+        texts[delta.index] += delta.text
+    assert texts == [output.text for output in outputs]
+
+
 def test_two_streams_can_be_read_in_turn(llm: LLM) -> None:
     first, second = llm.stream("one", GREEDY), llm.stream("two", GREEDY)
     texts = [next(first).text, next(second).text]  # which runs the first one to its end
@@ -79,10 +102,12 @@ def test_two_streams_can_be_read_in_turn(llm: LLM) -> None:
 
 
 def test_progress_goes_to_stderr(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
-    llm.generate("Hello", GREEDY)
+    llm.generate(["one", "two"], GREEDY)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert "Processed prompts" in captured.err
+    assert "Processed prompts: 100%" in captured.err
+    assert "2/2" in captured.err
+    assert re.search(r"est\. speed input: [\d.]+ toks/s, output: [\d.]+ toks/s", captured.err)
 
 
 def test_logprobs_name_the_taken_token_and_the_best(llm: LLM) -> None:
@@ -96,6 +121,23 @@ def test_logprobs_name_the_taken_token_and_the_best(llm: LLM) -> None:
     for token, entries in zip(output.token_ids, output.logprobs, strict=True):
         assert len(entries) == (3 if (entries[token].rank or 0) <= 3 else 4)
         assert sorted(entry.rank or 0 for entry in entries.values())[:3] == [1, 2, 3]
+
+
+def test_prompt_logprobs_are_those_of_the_bare_model(llm: LLM, directory: Path) -> None:
+    ids = llm.get_tokenizer().encode("Hello there, and welcome")
+    params = SamplingParams(max_tokens=1, prompt_logprobs=2)
+    (output,) = llm.generate([ids], params, use_tqdm=False)
+    logits = _core.Model(directory).logits(ids).astype("f8")
+    want = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(ids)
+    assert output.prompt_logprobs[0] is None
+    for row, token, entries in zip(want, ids[1:], output.prompt_logprobs[1:], strict=False):
+        assert entries is not None
+        assert {token, *np.argsort(-row)[:2].tolist()} == set(entries)
+        for id, entry in entries.items():
+            assert entry.logprob == pytest.approx(row[id], abs=1e-4)
+            assert entry.rank == 1 + (row > row[id]).sum()
 
 
 def test_no_logprobs_unless_asked(llm: LLM) -> None:
@@ -186,7 +228,30 @@ def test_a_closed_engine_says_so(directory: Path) -> None:
         llm.generate("Hello", GREEDY)
 
 
-@pytest.mark.parametrize("prompt", [{"text": "x"}, [["a"]], [[1.5]], 5, [None]])
+def test_a_stream_outlives_its_engine_and_says_so(directory: Path) -> None:
+    llm = LLM(directory)
+    dropped, read = llm.stream("Hello", GREEDY), llm.stream("Hello", GREEDY)
+    next(dropped)
+    next(read)
+    llm.close()
+    dropped.close()
+    with pytest.raises(TinyvllmError, match="closed"):
+        list(read)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"text": "x"},
+        {"prompt": "x", "multi_modal_data": {}},
+        {"prompt": 5},
+        [["a"]],
+        [[1.5]],
+        [[True]],
+        5,
+        [None],
+    ],
+)
 def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
     with pytest.raises((InvalidRequestError, TypeError)):
         llm.generate(prompt, GREEDY, use_tqdm=False)
@@ -213,8 +278,9 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
         ("min_tokens", 17),
         ("logprobs", 21),
         ("seed", -1),
-        ("n", 2),
-        ("prompt_logprobs", 1),
+        ("n", 0),
+        ("n", 65),
+        ("prompt_logprobs", 21),
         ("stop", [""]),
         ("stop_token_ids", ["x"]),
         ("ignore_eos", 1),
@@ -225,6 +291,29 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field.split("_id")[0].rstrip("s")):
         SamplingParams(**{field: value})
+
+
+def test_fields_may_be_assigned_and_are_checked_when_used(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.ignore_eos = 3, True
+    assert len(llm.generate("Hello", params, use_tqdm=False)[0].outputs[0].token_ids) == 3
+    params.top_p = 2
+    with pytest.raises(InvalidRequestError, match="top_p is 2"):
+        llm.generate("Hello", params, use_tqdm=False)
+
+
+def test_a_running_request_keeps_the_parameters_it_came_with(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[])
+    stream = llm.stream("Hello", params)
+    tokens = next(stream).token_ids
+    params.include_stop_str_in_output, params.stop_token_ids = True, list(range(3, 380))
+    text = "".join(delta.text for delta in stream)
+    assert (llm.get_tokenizer().decode(tokens) + text) == text_of(llm, "Hello")
+
+
+def test_generation_config_may_be_vllms_word_for_none(directory: Path) -> None:
+    with LLM(directory, generation_config="vllm") as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
 
 
 def test_a_file_cut_off_while_running_fails_the_request_and_not_the_process(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def philox(key: Any, counter: Any) -> list[npt.NDArray[np.uint64]]:
 
 
 def gumbel(seed: int, position: int, tokens: Any, sample_index: int = 0) -> Floats:
-    bits = philox((seed & 0xFFFFFFFF, seed >> 32), (tokens, position, sample_index, 0))[0]
+    """Four neighbouring tokens share a counter, and take a word of its answer each."""
+    tokens = np.asarray(tokens)
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    bits = np.choose(tokens % 4, philox(key, (tokens // 4, position, sample_index, 0)))
     return np.asarray(-np.log(-np.log((bits + 0.5) / 2.0**32)))
 
 
@@ -292,6 +295,24 @@ def test_a_temperature_next_to_zero_is_greedy() -> None:
     assert drawn(logits, temperature=1e-6) == {1}
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.5])
+def test_a_temperature_without_end_draws_from_what_is_allowed_with_even_odds(min_p: float) -> None:
+    options = {"temperature": 1e300, "min_p": min_p, "min_tokens": 2}
+    case = Case(random_logits(1, 5), options, eos=[0])
+    assert {case.token(seed) for seed in range(100)} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("penalty", [1e300, 1e-300])
+@pytest.mark.parametrize("min_p", [0.0, 0.5])
+def test_an_extreme_repetition_penalty_leaves_tokens_to_choose(
+    penalty: float, min_p: float
+) -> None:
+    logits = row([0.0, 1.0, -1.0, 0.5])  # 0 times infinity would be no number
+    case = Case(logits, {"repetition_penalty": penalty, "min_p": min_p}, prompt=[0, 1])
+    tokens = {case.token(seed) for seed in range(100)}
+    assert tokens == {1} if penalty < 1 else tokens >= {0, 3}
+
+
 # --- min_tokens -----------------------------------------------------------------------------------
 
 
@@ -416,7 +437,7 @@ def test_a_logit_that_is_not_finite_is_an_error(bad: float) -> None:
 
 BAD = [
     ("n", 0),
-    ("n", 2),
+    ("n", 65),
     ("temperature", -0.1),
     ("temperature", math.inf),
     ("temperature", math.nan),
@@ -437,6 +458,8 @@ BAD = [
     ("min_tokens", 17),  # more than the default max_tokens of 16
     ("logprobs", -1),
     ("logprobs", 21),
+    ("prompt_logprobs", -1),
+    ("prompt_logprobs", 21),
 ]
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -118,6 +119,12 @@ int default_num_threads() {
   const double quota = cpu_quota();
   const int cores = physical_cores();
   return quota < cores ? std::max(1, static_cast<int>(std::ceil(quota))) : cores;
+}
+
+double thread_cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
 }
 
 std::int64_t available_memory() {

@@ -30,22 +30,6 @@ std::optional<DType> parse_dtype(const std::string& name) {
   throw InvalidRequestError("dtype is \"" + name + "\"; it must be auto, bfloat16 or float32.");
 }
 
-const char* name_of(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kNone:
-      return nullptr;
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kAbort:
-      return "abort";
-    case FinishReason::kError:
-      return "error";
-  }
-  return nullptr;
-}
-
 FinishReason parse_finish(const std::string& name) {
   if (name == "stop") return FinishReason::kStop;
   if (name == "length") return FinishReason::kLength;
@@ -147,7 +131,8 @@ py::dict stats_of(const EngineStats& stats) {
       "num_blocks"_a = stats.num_blocks, "num_free_blocks"_a = stats.num_free_blocks,
       "num_cached_blocks"_a = stats.num_cached_blocks, "num_steps"_a = stats.num_steps,
       "prompt_tokens"_a = stats.num_prefill_tokens, "generation_tokens"_a = stats.num_output_tokens,
-      "num_preemptions"_a = stats.scheduler.num_preemptions,
+      "scheduling_seconds"_a = stats.step_seconds - stats.model_seconds,
+                  "num_preemptions"_a = stats.scheduler.num_preemptions,
       "prefix_cache_queries"_a = stats.scheduler.prefix_cache_queries,
       "prefix_cache_hits"_a = stats.scheduler.prefix_cache_hits);
 }
@@ -180,7 +165,7 @@ py::dict info_of(const Engine& engine) {
       "max_model_len"_a = engine.max_model_len(),
       "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
       "kv_cache_bytes_per_token"_a = one_block.bytes_per_block() / engine.block_size(),
-      "warnings"_a = engine.checkpoint().warnings());
+      "warnings"_a = engine.warnings());
 }
 
 // Holds an engine until close(), so that its memory goes back then and not when Python collects it. A call
@@ -217,7 +202,9 @@ void bind_engine_class(py::module_& module) {
                        std::optional<std::int64_t> num_blocks,
                        std::optional<std::int64_t> kv_cache_memory_bytes, int num_threads,
                        std::uint64_t seed, bool prefix_caching, bool static_batching,
-                       std::uint64_t prefix_hash_mask, std::vector<std::int32_t> eos_token_ids) {
+                       std::uint64_t prefix_hash_mask, std::int64_t fail_at_step,
+                       std::vector<std::int32_t> eos_token_ids,
+                       std::optional<std::filesystem::path> trace) {
              const EngineConfig config{.dtype = parse_dtype(dtype),
                                        .max_model_len = max_model_len,
                                        .max_num_seqs = max_num_seqs,
@@ -230,7 +217,9 @@ void bind_engine_class(py::module_& module) {
                                        .prefix_caching = prefix_caching,
                                        .static_batching = static_batching,
                                        .prefix_hash_mask = prefix_hash_mask,
-                                       .eos_token_ids = std::move(eos_token_ids)};
+                                       .fail_at_step = fail_at_step,
+                                       .eos_token_ids = std::move(eos_token_ids),
+                                       .trace = std::move(trace)};
              const py::gil_scoped_release release;
              return EngineHandle(std::make_shared<Engine>(model, config));
            }),
@@ -238,8 +227,8 @@ void bind_engine_class(py::module_& module) {
            "max_num_seqs"_a = 256, "max_num_batched_tokens"_a = 2048, "block_size"_a = 16,
            "num_blocks"_a = py::none(), "kv_cache_memory_bytes"_a = py::none(), "num_threads"_a = 0,
            "seed"_a = 0, "prefix_caching"_a = true, "static_batching"_a = false,
-           "prefix_hash_mask"_a = ~std::uint64_t{0},
-           "eos_token_ids"_a = std::vector<std::int32_t>())
+           "prefix_hash_mask"_a = ~std::uint64_t{0}, "fail_at_step"_a = 0,
+           "eos_token_ids"_a = std::vector<std::int32_t>(), "trace"_a = py::none())
       .def(
           "add_request",
           [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
@@ -362,6 +351,10 @@ void bind_parts(py::module_& module) {
            "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in "
            "chunks.");
 
+  py::class_<ContentKey>(module, "ContentKey", "See csrc/engine/prefix_cache.h.")
+      .def(py::init())
+      .def_readonly("serial", &ContentKey::serial)
+      .def(py::self == py::self);
   py::class_<CachedPool>(module, "BlockPool", "See csrc/engine/block_pool.h and prefix_cache.h.")
       .def(py::init<std::int64_t, std::uint64_t>(), "num_blocks"_a,
            "prefix_hash_mask"_a = ~std::uint64_t{0})
@@ -372,7 +365,9 @@ void bind_parts(py::module_& module) {
           "release", [](CachedPool& self, BlockId block) { self.pool.release(block); }, "block"_a)
       .def(
           "forget", [](CachedPool& self, BlockId block) { self.pool.forget(block); }, "block"_a)
-      .def("count", [](const CachedPool& self, BlockId block) { return self.pool.count(block); })
+      .def(
+          "count", [](const CachedPool& self, BlockId block) { return self.pool.count(block); },
+          "block"_a)
       .def(
           "publish",
           [](CachedPool& self, BlockId block, const ContentKey& before,
@@ -385,15 +380,13 @@ void bind_parts(py::module_& module) {
           [](const CachedPool& self, const ContentKey& before,
              const std::vector<std::int32_t>& tokens) { return self.cache.find(before, tokens); },
           "before"_a, "tokens"_a)
-      .def("key_of", [](const CachedPool& self, BlockId block) { return self.cache.key_of(block); })
+      .def(
+          "key_of", [](const CachedPool& self, BlockId block) { return self.cache.key_of(block); },
+          "block"_a)
       .def_property_readonly("num_blocks", [](const CachedPool& s) { return s.pool.num_blocks(); })
       .def_property_readonly("num_free", [](const CachedPool& s) { return s.pool.num_free(); })
       .def_property_readonly("num_used", [](const CachedPool& s) { return s.pool.num_used(); })
       .def_property_readonly("num_cached", [](const CachedPool& s) { return s.pool.num_cached(); });
-  py::class_<ContentKey>(module, "ContentKey", "See csrc/engine/prefix_cache.h.")
-      .def(py::init())
-      .def_readonly("serial", &ContentKey::serial)
-      .def(py::self == py::self);
 
   module.def(
       "sample",

@@ -3,11 +3,13 @@
 #include <string>
 
 #include "base/errors.h"
+#include "engine/trace.h"
 
 namespace tinyvllm {
 
-BlockPool::BlockPool(std::int64_t num_blocks, PrefixCache& cache)
+BlockPool::BlockPool(std::int64_t num_blocks, PrefixCache& cache, Trace* trace)
     : cache_(cache),
+      trace_(trace),
       counts_(static_cast<std::size_t>(num_blocks)),
       next_(static_cast<std::size_t>(num_blocks), kNone),
       previous_(static_cast<std::size_t>(num_blocks), kNone) {
@@ -22,6 +24,7 @@ BlockId BlockPool::allocate() {
   } else if (block != kNone) {
     unlink_cached(block);
     cache_.forget(block);
+    if (trace_) trace_->evicted(block);
   } else {
     throw Error("All " + std::to_string(num_blocks()) + " blocks are in use.");
   }
@@ -31,7 +34,14 @@ BlockId BlockPool::allocate() {
 
 void BlockPool::share(BlockId block) {
   std::int32_t& count = counts_[static_cast<std::size_t>(block)];
-  if (count == 0) unlink_cached(block);  // a free block that is shared was found by its content
+  if (count == 0) {  // a free block that is shared was found by its content
+    if (!cache_.contains(block)) {
+      throw Error("Block " + std::to_string(block) +
+                  " is shared but free and without content; this is a bug of the engine, please "
+                  "report it.");
+    }
+    unlink_cached(block);
+  }
   ++count;
 }
 
@@ -56,6 +66,7 @@ void BlockPool::release_all(std::vector<BlockId>& block_table) {
 void BlockPool::forget(BlockId block) {
   if (!cache_.contains(block)) return;
   cache_.forget(block);
+  if (trace_) trace_->forgotten(block);
   if (count(block) > 0) return;
   unlink_cached(block);
   empty_.push_back(block);

@@ -12,9 +12,11 @@
 
 namespace tinyvllm {
 
+class Trace;
+
 class BlockPool {
  public:
-  BlockPool(std::int64_t num_blocks, PrefixCache& cache);
+  BlockPool(std::int64_t num_blocks, PrefixCache& cache, Trace* trace = nullptr);
 
   std::int64_t num_blocks() const { return static_cast<std::int64_t>(counts_.size()); }
   std::int64_t num_free() const { return static_cast<std::int64_t>(empty_.size()) + num_cached_; }
@@ -28,6 +30,7 @@ class BlockPool {
   BlockId allocate();
 
   // One more table holds the block: a fork of its sequence, or a prefix hit, which may find it free.
+  // Throws Error on a free block without content.
   void share(BlockId block);
 
   // One table less holds it. Throws Error on a block that none holds.
@@ -49,6 +52,7 @@ class BlockPool {
   BlockId& previous(BlockId block) { return previous_[static_cast<std::size_t>(block)]; }
 
   PrefixCache& cache_;
+  Trace* const trace_;                // null: none
   std::vector<std::int32_t> counts_;  // [num_blocks]
   std::vector<BlockId> empty_;        // free and without content; a stack
   std::vector<BlockId> next_, previous_;

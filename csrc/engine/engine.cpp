@@ -30,6 +30,19 @@ void require(bool holds, const char* field, std::int64_t value, const std::strin
 // The most prompt rows that pass the output matrix at a time: [64, vocab] floats are 32 MB at 128k tokens.
 constexpr std::int64_t kPromptLogprobRows = 64;
 
+// Adds the CPU time of its scope to a total.
+class CpuTimer {
+ public:
+  explicit CpuTimer(double& total) : total_(total), began_(thread_cpu_seconds()) {}
+  ~CpuTimer() { total_ += thread_cpu_seconds() - began_; }
+  CpuTimer(const CpuTimer&) = delete;
+  CpuTimer& operator=(const CpuTimer&) = delete;
+
+ private:
+  double& total_;
+  const double began_;
+};
+
 // The config, if its numbers are in range.
 EngineConfig checked(const EngineConfig& config) {
   require(config.block_size >= 1 && config.block_size <= 4096, "block_size", config.block_size,
@@ -110,6 +123,7 @@ void emit(StepOutput& output, const Sequence& sequence, std::int32_t sample, std
 
 Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
     : config_(checked(config)),
+      trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       ctx_(config.num_threads),
       model_(ctx_, checkpoint_, compute_dtype(config, checkpoint_), config.max_num_batched_tokens,
@@ -120,16 +134,17 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
           model_.kv_shape(1, config.block_size).bytes_per_block() / config.block_size)),
       kv_cache_(model_.kv_shape(num_blocks_, config.block_size)),
       prefix_cache_(num_blocks_, config.prefix_hash_mask),
-      pool_(num_blocks_, prefix_cache_),
+      pool_(num_blocks_, prefix_cache_, trace_.get()),
       scheduler_({.max_num_batched_tokens = config.max_num_batched_tokens,
                   .max_num_seqs = config.max_num_seqs,
                   .block_size = config.block_size,
                   .prefix_caching = config.prefix_caching,
                   .static_batching = config.static_batching},
-                 pool_, prefix_cache_),
+                 pool_, prefix_cache_, trace_.get()),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, model_.config().vocab_size)),
       sampler_(eos_token_ids_) {
   checkpoint_.check_files();
+  if (trace_) trace_->engine_is_made(scheduler_.config(), num_blocks_);
 }
 
 std::int64_t Engine::choose_num_blocks(const KvShape& one_block) const {
@@ -185,7 +200,9 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
   }
 
   const std::lock_guard lock(mutex_);
-  if (requests_.contains(id)) {
+  const bool reported = std::any_of(reported_.ended.begin(), reported_.ended.end(),
+                                    [id](const auto& ended) { return ended.request == id; });
+  if (requests_.contains(id) || reported) {
     throw InvalidRequestError("Request id " + std::to_string(id) + " is in use. Choose another.");
   }
   auto request = std::make_unique<Request>();
@@ -209,17 +226,29 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
 
 StepOutput Engine::step() {
   const std::lock_guard lock(mutex_);
+  const CpuTimer timer(totals_.step_seconds);
   StepOutput output = std::exchange(reported_, {});
+  if (trace_) trace_->step_begins();
   const ScheduledStep step = scheduler_.schedule();
-  if (step.sequences.empty()) return output;
+  if (trace_) trace_->step_is_scheduled(step);
+  if (step.sequences.empty()) {
+    if (trace_) trace_->flush();
+    return output;
+  }
   ++totals_.num_steps;
+  bool failed = false;
   try {
     run(step, output);
   } catch (...) {
+    failed = true;
     scheduler_.forget(step);
-    std::set<RequestId> failed;
-    for (const auto& [sequence, num_tokens] : step.sequences) failed.insert(sequence->request->id);
-    for (const RequestId id : failed) fail(id, std::current_exception(), output);
+    std::set<RequestId> ids;
+    for (const auto& [sequence, num_tokens] : step.sequences) ids.insert(sequence->request->id);
+    for (const RequestId id : ids) fail(id, std::current_exception(), output);
+  }
+  if (trace_) {
+    trace_->step_ends(totals_.num_steps, failed, pool_, scheduler_.num_running(),
+                      scheduler_.num_waiting());
   }
   return output;
 }
@@ -235,28 +264,12 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
         sequence->num_computed_tokens + static_cast<std::size_t>(num_tokens);
     if (computed == sequence->tokens.size()) due.push_back(sequence);
   }
-  // Forks draw from the row of the sequence that stands for them: only their sample numbers differ.
-  // A row that cannot be sampled fails its own request and no other.
-  std::vector<std::vector<Sample>> samples(due.size());
-  std::vector<std::exception_ptr> errors(due.size());
-  const MutTensorView logits = model_.logits(last_rows);
-  ctx_.parallel_for(std::ssize(due), [&](std::int64_t i, int) {
-    const auto index = static_cast<std::size_t>(i);
-    const std::span<const float> row(logits.row<float>(i), static_cast<std::size_t>(logits.cols));
-    const Sequence& sequence = *due[index];
-    const std::int32_t end = sequence.sample + static_cast<std::int32_t>(sequence.num_slots());
-    try {
-      for (std::int32_t sample = sequence.sample; sample < end; ++sample) {
-        samples[index].push_back(sampler_.sample(sequence, sample, row));
-      }
-    } catch (...) {
-      errors[index] = std::current_exception();
-    }
-  });
   StepOutput prompt_output;
+  const Draws draws = draw(due, last_rows);
   add_prompt_logprobs(step, prompt_output);
   // Zeros were read in place of a page that is gone: nothing of this step may leave.
   if (checkpoint_.any_file_failed()) checkpoint_.check_files();
+  if (trace_) trace_->step_is_computed(step);
 
   for (const auto& [sequence, num_tokens] : step.sequences) {
     const std::int64_t prompt_left =
@@ -268,8 +281,8 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
   output.prompt_logprobs = std::move(prompt_output.prompt_logprobs);
   std::map<RequestId, std::exception_ptr> failed;
   for (std::size_t i = 0; i < due.size(); ++i) {
-    if (errors[i]) {
-      failed.emplace(due[i]->request->id, errors[i]);
+    if (draws.errors[i]) {
+      failed.emplace(due[i]->request->id, draws.errors[i]);
       continue;
     }
     std::vector<Sequence*> sequences = {due[i]};
@@ -278,10 +291,35 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
       sequences.insert(sequences.end(), children.begin(), children.end());
     }
     for (std::size_t k = 0; k < sequences.size(); ++k) {
-      accept(*sequences[k], std::move(samples[i][k]), output);
+      accept(*sequences[k], draws.samples[i][k], output);
     }
   }
   for (const auto& [id, error] : failed) fail(id, error, output);
+}
+
+// The next token of each sequence from its row of the batch. Forks draw from the row of the sequence that
+// stands for them: only their sample numbers differ. A row that cannot be sampled fails its own request
+// and no other.
+Engine::Draws Engine::draw(const std::vector<Sequence*>& due,
+                           const std::vector<std::int32_t>& rows) {
+  const CpuTimer timer(totals_.model_seconds);
+  Draws draws{.samples = std::vector<std::vector<Sample>>(due.size()),
+              .errors = std::vector<std::exception_ptr>(due.size())};
+  const MutTensorView logits = model_.logits(rows);
+  ctx_.parallel_for(std::ssize(due), [&](std::int64_t i, int) {
+    const auto index = static_cast<std::size_t>(i);
+    const std::span<const float> row(logits.row<float>(i), static_cast<std::size_t>(logits.cols));
+    const Sequence& sequence = *due[index];
+    const std::int32_t end = sequence.sample + static_cast<std::int32_t>(sequence.num_slots());
+    try {
+      for (std::int32_t sample = sequence.sample; sample < end; ++sample) {
+        draws.samples[index].push_back(sampler_.sample(sequence, sample, row));
+      }
+    } catch (...) {
+      draws.errors[index] = std::current_exception();
+    }
+  });
+  return draws;
 }
 
 // The forward pass over the scheduled tokens of every sequence, one sequence after the other. Appends the
@@ -307,7 +345,9 @@ void Engine::compute(const ScheduledStep& step, std::vector<std::int32_t>& last_
       last_rows.push_back(static_cast<std::int32_t>(tokens.size() - 1));
     }
   }
+  if (totals_.num_steps == config_.fail_at_step) throw Error("This step fails, as asked for.");
   for (const auto& [from, to] : step.copies) kv_cache_.copy_block(from, to);
+  const CpuTimer timer(totals_.model_seconds);
   model_.forward({.tokens = tokens, .positions = positions, .slots = slots, .sequences = sequences},
                  kv_cache_);
 }
@@ -362,7 +402,9 @@ void Engine::accept(Sequence& sequence, Sample sample, StepOutput& output) {
     finish = FinishReason::kLength;
   }
   emit(output, sequence, sequence.sample, token, finish, std::move(sample.logprobs));
-  if (finish != FinishReason::kNone) end(sequence, output);
+  if (finish == FinishReason::kNone) return;
+  if (trace_) trace_->finished(sequence, finish);
+  end(sequence, output);
 }
 
 // Drops a sequence whose last event is out, and its request after the last one.
@@ -381,6 +423,7 @@ void Engine::cut_off(const Sequence& sequence, FinishReason reason, StepOutput& 
   for (std::int32_t i = 0; i < static_cast<std::int32_t>(sequence.num_slots()); ++i) {
     emit(output, sequence, sequence.sample + i, -1, reason);
   }
+  if (trace_) trace_->finished(sequence, reason);
   end(sequence, output, error);
 }
 
@@ -429,6 +472,12 @@ EngineStats Engine::stats() const {
   stats.num_cached_blocks = prefix_cache_.size();
   stats.scheduler = scheduler_.stats();
   return stats;
+}
+
+std::vector<std::string> Engine::warnings() const {
+  std::vector<std::string> warnings = checkpoint_.warnings();
+  if (trace_ && trace_->problem()) warnings.push_back(*trace_->problem());
+  return warnings;
 }
 
 EngineSnapshot Engine::snapshot() const {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "engine/request.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
+#include "engine/trace.h"
 #include "model/transformer.h"
 #include "ops/cpu_context.h"
 #include "ops/kv_cache.h"
@@ -43,7 +45,9 @@ struct EngineConfig {
   bool static_batching =
       false;  // admit only when nothing runs; to measure what continuous batching gains
   std::uint64_t prefix_hash_mask = ~std::uint64_t{0};  // see PrefixCache; for tests
+  std::int64_t fail_at_step = 0;                       // the step that throws, from 1; for tests
   std::vector<std::int32_t> eos_token_ids;             // those outside the vocabulary are ignored
+  std::optional<std::filesystem::path> trace;          // a file for events (trace.h)
 };
 
 // What one step produced. Events come as parallel arrays, with an entry for each: a new token of an output,
@@ -71,6 +75,9 @@ struct EngineStats {
   std::int64_t num_steps = 0;
   std::int64_t num_prefill_tokens = 0;  // computed; those of preempted sequences count again
   std::int64_t num_output_tokens = 0;
+  // CPU time of the stepping thread: all of step(), and in it the forward pass and the sampler. What is
+  // between the two is the cost of scheduling.
+  double step_seconds = 0, model_seconds = 0;
   SchedulerStats scheduler;
 };
 
@@ -97,7 +104,7 @@ class Engine {
   Engine(const std::filesystem::path& model, const EngineConfig& config);
 
   // Validates everything before queueing: throws InvalidRequestError, and the engine is as before.
-  // Ids are the caller's; one in use is refused.
+  // Ids are the caller's; one in use is refused, and it is until step() has reported its end.
   void add_request(RequestId id, std::vector<std::int32_t> prompt, const SamplingParams& params);
 
   // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that were
@@ -106,7 +113,8 @@ class Engine {
   StepOutput step();
 
   // Ends one output of a request early; the events come out of the next step(). Unknown ids and what has
-  // ended are ignored: a late call is no mistake.
+  // ended are ignored: a late call is no mistake. So is a request with n > 1 whose prompt is not computed
+  // yet: it has no single outputs, abort() ends it.
   void finish(RequestId id, std::int32_t sample, FinishReason reason);
   // Ends all outputs of a request.
   void abort(RequestId id);
@@ -119,6 +127,8 @@ class Engine {
 
   EngineStats stats() const;
   EngineSnapshot snapshot() const;
+  // What the user should know: about the model files, and a trace that could not be written to its end.
+  std::vector<std::string> warnings() const;
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const CpuContext& context() const { return ctx_; }
   const Transformer& model() const { return model_; }
@@ -127,7 +137,13 @@ class Engine {
   std::int64_t block_size() const { return config_.block_size; }
 
  private:
+  struct Draws {
+    std::vector<std::vector<Sample>> samples;  // of each due sequence: one, or one for each fork
+    std::vector<std::exception_ptr> errors;    // of each due sequence, or null
+  };
+
   void run(const ScheduledStep& step, StepOutput& output);
+  Draws draw(const std::vector<Sequence*>& due, const std::vector<std::int32_t>& rows);
   void compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows);
   void add_prompt_logprobs(const ScheduledStep& step, StepOutput& output);
   void accept(Sequence& sequence, Sample sample, StepOutput& output);
@@ -138,6 +154,7 @@ class Engine {
   std::int64_t choose_num_blocks(const KvShape& one_block) const;
 
   const EngineConfig config_;
+  const std::unique_ptr<Trace> trace_;  // null: none
   const Checkpoint checkpoint_;
   const CpuContext ctx_;
   Transformer model_;

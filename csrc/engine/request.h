@@ -17,8 +17,24 @@ enum class FinishReason : std::uint8_t {
   kStop,    // an EOS or stop token, or a stop string that the front end found
   kLength,  // max_tokens, or the engine's max_model_len
   kAbort,   // the caller no longer wants it
-  kError,   // a step failed; StepOutput::errors says how
+  kError,   // a step failed; StepOutput::ended says how
 };
+
+inline const char* name_of(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return nullptr;
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kAbort:
+      return "abort";
+    case FinishReason::kError:
+      return "error";
+  }
+  return nullptr;
+}
 
 // Log-probabilities under the softmax of the raw logits, before penalties and temperature.
 struct TokenLogprobs {

@@ -17,6 +17,12 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
+// The nearest float that is neither 0 nor infinite: their products with -inf and 0 are no numbers.
+float positive_float(double value) {
+  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
+                                               std::numeric_limits<float>::max()));
+}
+
 // The lowest id among the largest values.
 std::int32_t argmax(std::span<const float> values) {
   return static_cast<std::int32_t>(std::max_element(values.begin(), values.end()) - values.begin());
@@ -41,7 +47,7 @@ void apply_bias_and_mask(const Sequence& sequence, std::span<const std::int32_t>
 void apply_penalties(const Sequence& sequence, std::span<float> logits) {
   const SamplingParams& params = sequence.request->params;
   if (params.repetition_penalty != 1.0) {
-    const auto penalty = static_cast<float>(params.repetition_penalty);
+    const float penalty = positive_float(params.repetition_penalty);
     std::vector<bool> seen(logits.size());
     for (const std::int32_t token : sequence.tokens) {
       const auto index = static_cast<std::size_t>(token);
@@ -201,7 +207,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                 " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
   }
   if (!params.greedy()) {
-    const auto inverse_temperature = static_cast<float>(1.0 / params.temperature);
+    const float inverse_temperature = positive_float(1.0 / params.temperature);
     for (float& logit : logits) logit *= inverse_temperature;
     sample.token = draw(sequence, static_cast<std::uint32_t>(sample_index),
                         kept_tokens(params, logits), logits);

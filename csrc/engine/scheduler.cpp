@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/trace.h"
+
 namespace tinyvllm {
 namespace {
 
@@ -11,6 +13,11 @@ std::int64_t num_missing(const Sequence& sequence) {
 }
 
 }  // namespace
+
+void Scheduler::add(std::unique_ptr<Sequence> sequence) {
+  if (trace_) trace_->queued(*sequence);
+  waiting_.push_back(std::move(sequence));
+}
 
 ScheduledStep Scheduler::schedule() {
   ScheduledStep step;
@@ -23,11 +30,11 @@ ScheduledStep Scheduler::schedule() {
     const std::int64_t num_tokens = std::min(num_missing(sequence), budget);
     bool fits = make_room(sequence, num_tokens, step);
     while (!fits && running_.size() > i + 1) {  // whoever came last gives way
-      preempt_last();
+      preempt_last(sequence);
       fits = make_room(sequence, num_tokens, step);
     }
     if (!fits) {
-      preempt_last();  // itself
+      preempt_last(sequence);  // itself
       break;
     }
     publish(sequence, num_tokens, step);
@@ -57,15 +64,28 @@ bool Scheduler::make_room(Sequence& sequence, std::int64_t num_tokens, Scheduled
     BlockId& shared = sequence.block_table[static_cast<std::size_t>(computed / config_.block_size)];
     const BlockId own = pool_.allocate();
     step.copies.push_back({shared, own});
+    if (trace_) {
+      trace_->copied(sequence, static_cast<std::size_t>(computed / config_.block_size), shared,
+                     own);
+    }
     pool_.release(std::exchange(shared, own));
   }
+  const std::size_t first_new = sequence.block_table.size();
   for (std::int64_t i = 0; i < missing; ++i) sequence.block_table.push_back(pool_.allocate());
+  if (trace_ && missing > 0) {
+    trace_->allocated(sequence, first_new, std::span(sequence.block_table).subspan(first_new));
+  }
   return true;
 }
 
-void Scheduler::preempt_last() {
+// The sequence that came last gives way to `needy`, which may be the same.
+void Scheduler::preempt_last(const Sequence& needy) {
   std::unique_ptr<Sequence> sequence = std::move(running_.back());
   running_.pop_back();
+  if (trace_) {
+    trace_->preempted(*sequence, needy, pool_.num_free());
+    trace_->released(*sequence);
+  }
   pool_.release_all(sequence->block_table);
   sequence->num_computed_tokens = 0;
   sequence->num_published_blocks = 0;
@@ -87,6 +107,10 @@ bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
       prefix.begin(), prefix.end(), [this](BlockId block) { return pool_.count(block) == 0; });
   if (wanted + revived > pool_.num_free()) return false;
 
+  if (trace_) {
+    trace_->admitted(sequence, num_cached);
+    if (!prefix.empty()) trace_->hit(sequence, prefix);
+  }
   for (const BlockId block : prefix) {
     pool_.share(block);
     sequence.block_table.push_back(block);
@@ -138,7 +162,9 @@ void Scheduler::publish(Sequence& sequence, std::int64_t num_tokens, ScheduledSt
     const bool known = cache_.contains(block);
     sequence.published = cache_.publish(block, sequence.published,
                                         std::span(sequence.tokens).subspan(i * size, size));
-    if (!known && cache_.contains(block)) step.published.push_back(block);
+    if (known || !cache_.contains(block)) continue;
+    step.published.push_back(block);
+    if (trace_) trace_->published(sequence, i, block);
   }
 }
 
@@ -155,6 +181,7 @@ std::vector<Sequence*> Scheduler::fork(Sequence& leader) {
     auto child = std::make_unique<Sequence>(leader);
     child->sample = sample;
     for (const BlockId block : child->block_table) pool_.share(block);
+    if (trace_) trace_->forked(leader, *child);
     children.push_back(child.get());
     place = running_.insert(place + 1, std::move(child));
   }
@@ -165,6 +192,7 @@ void Scheduler::remove(const Sequence& sequence) {
   const auto is_it = [&](const auto& other) { return other.get() == &sequence; };
   const auto running = std::find_if(running_.begin(), running_.end(), is_it);
   if (running != running_.end()) {
+    if (trace_) trace_->released(**running);
     pool_.release_all((*running)->block_table);
     running_.erase(running);
     return;

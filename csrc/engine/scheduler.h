@@ -18,6 +18,8 @@
 
 namespace tinyvllm {
 
+class Trace;
+
 struct SchedulerConfig {
   std::int64_t max_num_batched_tokens;  // tokens a step; at least max_num_seqs
   std::int64_t max_num_seqs;            // sequences that run at a time
@@ -50,12 +52,13 @@ struct SchedulerStats {
 
 class Scheduler {
  public:
-  Scheduler(const SchedulerConfig& config, BlockPool& pool, PrefixCache& cache)
-      : config_(config), pool_(pool), cache_(cache) {}
+  Scheduler(const SchedulerConfig& config, BlockPool& pool, PrefixCache& cache,
+            Trace* trace = nullptr)
+      : config_(config), pool_(pool), cache_(cache), trace_(trace) {}
 
   // A sequence that alone is longer than the pool can never end; the engine refuses it before it comes
   // here, and one that needs more than max_num_seqs slots.
-  void add(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
+  void add(std::unique_ptr<Sequence> sequence);
 
   // Empty if there is nothing to do. Every sequence in it has blocks for its tokens.
   ScheduledStep schedule();
@@ -83,10 +86,11 @@ class Scheduler {
   std::int64_t num_running() const { return static_cast<std::int64_t>(running_.size()); }
   std::int64_t num_waiting() const { return static_cast<std::int64_t>(waiting_.size()); }
   const SchedulerStats& stats() const { return stats_; }
+  const SchedulerConfig& config() const { return config_; }
 
  private:
   bool make_room(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step);
-  void preempt_last();
+  void preempt_last(const Sequence& needy);
   bool admit_first(std::int64_t& budget, ScheduledStep& step);
   std::vector<BlockId> find_prefix(const Sequence& sequence) const;
   void publish(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step);
@@ -95,6 +99,7 @@ class Scheduler {
   const SchedulerConfig config_;
   BlockPool& pool_;
   PrefixCache& cache_;
+  Trace* const trace_;  // null: none
   SchedulerStats stats_;
   // Both in the order of Sequence::before, and all that runs is before all that waits.
   std::vector<std::unique_ptr<Sequence>> running_;

@@ -11,12 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyvllm.async_engine import AsyncEngine
     from tinyvllm.llm import LLM
     from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, RequestOutput
     from tinyvllm.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Logprob",
     "RequestDelta",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "tinyvllm.llm",
+    "AsyncEngine": "tinyvllm.async_engine",
     "CompletionOutput": "tinyvllm.outputs",
     "Logprob": "tinyvllm.outputs",
     "RequestDelta": "tinyvllm.outputs",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass
@@ -29,6 +30,9 @@ class CompletionOutput:
     finish_reason: str | None = None  # stop, length or abort
     stop_reason: int | str | None = None  # the stop token id or stop string; None for EOS
 
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
     def add(self, delta: RequestDelta) -> None:
         """Appends what one step has added."""
         self.text += delta.text
@@ -50,9 +54,33 @@ class RequestOutput:
     prompt: str | None  # None where token ids were given
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    finished: bool = True
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    finished: bool = False
+    num_cached_tokens: int | None = None  # of the prompt, from the prefix cache; None: unfinished
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def add(self, delta: RequestDelta) -> None:
+        """Appends what one step has added."""
+        self.outputs[delta.index].add(delta)
+        if delta.finish_reason is not None:
+            self.finished = all(output.finished() for output in self.outputs)
+
+    def snapshot(self) -> RequestOutput:
+        """A copy that stays as it is when this one grows."""
+        outputs = [
+            replace(
+                output,
+                token_ids=list(output.token_ids),
+                logprobs=None if output.logprobs is None else list(output.logprobs),
+            )
+            for output in self.outputs
+        ]
+        return replace(self, outputs=outputs)
+
+    def __getitem__(self, key: str) -> Any:
+        """nano-vllm's outputs are dicts of the only continuation: output["text"], ["token_ids"]."""
+        if key not in ("text", "token_ids"):
+            raise KeyError(key)
+        return getattr(self.outputs[0], key)
 
 
 @dataclass

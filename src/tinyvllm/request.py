@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tinyvllm.detokenizer import IncrementalDetokenizer
-from tinyvllm.outputs import Logprob, RequestDelta, TokenLogprobs
+from tinyvllm.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestDelta,
+    RequestOutput,
+    TokenLogprobs,
+)
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tinyvllm.text_engine import ParsedPrompt
 
 # What the engine reports for a token: its logprob, its rank, the best ids and their logprobs.
 CoreLogprobs = tuple[float, int, list[int], list[float]]
@@ -20,7 +30,7 @@ class ActiveRequest:
         self,
         id: int,
         prompt_index: int,
-        prompt_ids: Sequence[int],
+        prompt: ParsedPrompt,
         params: SamplingParams,
         tokenizer: Tokenizer,
         incremental: bool,
@@ -28,17 +38,16 @@ class ActiveRequest:
         """incremental: whether text is wanted as it comes, or once, at the end."""
         self.id = id
         self.finished = False
-        self.num_cached_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.error: Exception | None = None  # what has ended the request before its time
         self._prompt_index = prompt_index
-        self._prompt_ids = prompt_ids
+        self._prompt = prompt
         self._tokenizer = tokenizer
-        self.num_outputs = params.n
         self._outputs = [_Output(params, tokenizer, incremental) for _ in range(params.n)]
         self._deltas: list[RequestDelta] = []
-        self._error: Exception | None = None
-        if params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]  # nothing predicts the first token
+        self._num_cached_tokens: int | None = None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None and len(prompt.token_ids) == 1:
+            self._prompt_logprobs = [None]  # nothing predicts the first token
 
     def accept(
         self, sample: int, token: int, finish: str | None, logprobs: CoreLogprobs | None
@@ -62,24 +71,39 @@ class ActiveRequest:
 
     def accept_prompt_logprobs(self, entries: Sequence[CoreLogprobs]) -> None:
         """Those of the prompt's tokens, from the second one on."""
-        assert self.prompt_logprobs is not None
-        self.prompt_logprobs += [
-            _logprobs(self._tokenizer, token, entry)
-            for token, entry in zip(self._prompt_ids[1:], entries, strict=True)
+        tokens = self._prompt.token_ids[1:]
+        self._prompt_logprobs = [
+            None,
+            *(
+                _logprobs(self._tokenizer, token, entry)
+                for token, entry in zip(tokens, entries, strict=True)
+            ),
         ]
 
     def end(self, num_cached_tokens: int, error: Exception | None) -> None:
         """The request's last event."""
         self.finished = True
-        self.num_cached_tokens = num_cached_tokens
-        self._error = error
+        self.error = error
+        self._num_cached_tokens = num_cached_tokens
 
-    def take_deltas(self) -> Iterator[RequestDelta]:
-        """What has come since the last call. An error of the request is raised after it."""
+    def take_deltas(self) -> list[RequestDelta]:
+        """What has come since the last call."""
         deltas, self._deltas = self._deltas, []
-        yield from deltas
-        if self._error is not None:
-            raise self._error
+        return deltas
+
+    def new_output(self, request_id: str | None = None) -> RequestOutput:
+        """An output to which nothing has been added yet."""
+        return RequestOutput(
+            request_id=str(self.id) if request_id is None else request_id,
+            prompt=self._prompt.text,
+            prompt_token_ids=self._prompt.token_ids,
+            outputs=[CompletionOutput(i, "", []) for i in range(len(self._outputs))],
+        )
+
+    def fill_in(self, output: RequestOutput) -> None:
+        """Adds to an output what is known of its prompt by now."""
+        output.num_cached_tokens = self._num_cached_tokens
+        output.prompt_logprobs = self._prompt_logprobs
 
 
 class _Output:
@@ -126,7 +150,7 @@ class _Output:
             if self._detokenizer.stop_reason is not None:
                 delta.finish_reason, delta.stop_reason = "stop", self._detokenizer.stop_reason
                 return
-        if finish == "stop" and token in self._params.stop_token_ids:
+        if finish == "stop" and token in (self._params.stop_token_ids or ()):
             delta.stop_reason = token
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyvllm import _core
@@ -15,9 +14,11 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingParams:
     """Checked when it is made: a value out of range is an InvalidRequestError (a ValueError).
+
+    Fields may be assigned, as vLLM's may; a request takes a copy and checks it again.
 
     The order in which the options act is fixed: logit_bias and the min_tokens mask; repetition,
     then frequency and presence penalty; temperature; min_p; top_k; top_p.
@@ -32,15 +33,15 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over the output
     frequency_penalty: float = 0.0  # over the output
     seed: int | None = None  # None: from the engine's seed and the request's arrival number
-    stop: str | Sequence[str] = ()  # strings that end the output; the first to be complete counts
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()  # strings that end it; the first complete one counts
+    stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to the engine's max_model_len
     min_tokens: int = 0
     logprobs: int | None = None  # the best k of each token, besides the token's own
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | None = field(default_factory=dict)
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -54,7 +55,16 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @cached_property
+    def clone(self) -> SamplingParams:
+        """A copy, checked as if it had been made from these values."""
+        return replace(
+            self,
+            stop=self.stop_strings,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=dict(self.logit_bias or {}),
+        )
+
+    @property
     def core(self) -> _core.SamplingParams:
         """The part that the C++ engine needs; it checks the ranges."""
         return _core.SamplingParams(

@@ -149,6 +149,11 @@ Examples:
     is_flag=True,
     help="Speed, seed and settings on stderr.  [default: if stderr is a terminal]",
 )
+@click.option(
+    "--trace",
+    metavar="FILE",
+    help="Write what happens to each step, request and block, for ui.perfetto.dev.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="[default: one a physical core]")
 @click.option(
@@ -193,7 +198,9 @@ def command(**options: Any) -> None:
         max_num_batched_tokens=_MAX_TOKENS_A_STEP,
         generation_config=options["generation_config"],
         seed=options["seed"],
+        trace=options["trace"],
     ) as llm:
+        num_warnings = len(llm.stats()["warnings"])
         sampling, origins = _sampling(llm, options)
         prompts = _prompts(llm, texts, options)
         report = Report(llm, output, sampling, origins, prompts, options)
@@ -209,6 +216,9 @@ def command(**options: Any) -> None:
                 report.end()
             raise
         finally:
+            if not quiet:  # a trace that could not be written to its end
+                for line in llm.stats()["warnings"][num_warnings:]:
+                    note(line)
             if options["stats"] or (sys.stderr is not None and sys.stderr.isatty() and not quiet):
                 for line in report.stats():
                     note(line)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tinyvllm.cli.terminal import Output
+from tinyvllm.cli.terminal import Output, hold_signals
 from tinyvllm.llm import LLM
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta
 from tinyvllm.sampling_params import SamplingParams
@@ -68,6 +68,11 @@ class Report:
         self._first_token_age: float | None = None  # of the process, in seconds
 
     def add(self, delta: RequestDelta) -> None:
+        with hold_signals():  # a text is printed once, whenever the signal comes
+            self._take(delta)
+        self._stdout.flush()
+
+    def _take(self, delta: RequestDelta) -> None:
         answer = self._answers[delta.prompt_index]
         answer.output.add(delta)
         if delta.token_ids:
@@ -96,6 +101,7 @@ class Report:
                 self.add(delta)
         if self._json:
             self._write_json(self._document())
+        self._stdout.flush()
 
     def _print_text(self) -> None:
         """Streams the first open answer; one that ends lets the next one begin."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -25,9 +27,31 @@ def handle_signals() -> None:
             signal.signal(number, _stop)
 
 
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """A first signal inside takes effect at the end: what belongs together is done together."""
+    global _holding, _held
+    _holding = True
+    try:
+        yield
+    finally:
+        _holding = False
+        number, _held = _held, 0
+        if number:
+            raise Stopped(128 + number)
+
+
+_holding = False
+_held = 0  # the signal that came meanwhile
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
+    global _held
     signal.signal(number, signal.SIG_DFL)
-    raise Stopped(128 + number)
+    if _holding:
+        _held = number
+    else:
+        raise Stopped(128 + number)
 
 
 def read_stdin() -> str:
@@ -65,16 +89,24 @@ class Output:
         self._at_line_start = True
 
     def write(self, text: str) -> None:
-        if not text:
-            return
-        try:
-            self._stream.write(text.encode("utf-8", "replace"))
+        """Into the buffer; `flush` hands it on."""
+        if text:
+            with self._failures():
+                self._stream.write(text.encode("utf-8", "replace"))
+            self._at_line_start = text.endswith("\n")
+
+    def flush(self) -> None:
+        with self._failures():
             self._stream.flush()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
         except BrokenPipeError:
             raise Stopped(141) from None
         except OSError as error:
             raise OSError(f"standard output: {error.strerror}") from None
-        self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
         """A line end, if the text written so far has none."""
