@@ -54,7 +54,7 @@ build: $(STAMPS)/build  ## build and install into .venv, editable
 # --- Use -----------------------------------------------------------------------------------------
 
 demo: build  ## two stories by the bundled model
-	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time" --max-tokens 200
+	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time"
 	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
 
 # --- Tests and checks ----------------------------------------------------------------------------
