@@ -10,10 +10,10 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # Folders too, whose times say that a file has come or gone.
 CORE_FILES := $(shell find csrc third_party)
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_FILES = find csrc -name '*.h' -o -name '*.cpp'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build demo test lint format asan clean
+.PHONY: help .venv build demo test lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
 	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -54,7 +54,7 @@ build: $(STAMPS)/build  ## build and install into .venv, editable
 # --- Use -----------------------------------------------------------------------------------------
 
 demo: build  ## two stories by the bundled model
-	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time" --max-tokens 200
+	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time"
 	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
 
 # --- Tests and checks ----------------------------------------------------------------------------
@@ -67,11 +67,17 @@ ifeq ($(TINYVLLM_REQUIRE_ORACLE),1)
 endif
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: build $(STAMPS)/dev  ## clang-format, compiler warnings as errors, ruff, mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+lint: lint-format lint-python lint-warnings  ## clang-format, ruff, mypy, compiler warnings as errors
+
+lint-format: $(STAMPS)/dev
+	$(CXX_FILES) | xargs $(BIN)/clang-format --dry-run -Werror
+
+lint-python: build $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-warnings: $(STAMPS)/venv
 	$(BIN)/cmake -S . -B build/lint -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
 	  -DTINYVLLM_WERROR=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
@@ -79,20 +85,21 @@ lint: build $(STAMPS)/dev  ## clang-format, compiler warnings as errors, ruff, m
 	$(BIN)/cmake --build build/lint
 
 format: $(STAMPS)/dev  ## clang-format and ruff, written in place
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(CXX_FILES) | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
 # built with the sanitizers, so their library has to be loaded first, and that of C++ for its
-# exceptions. Reports go to files, because a test may expect that a process fails: any report fails
-# the run. Leaks are not looked for: Python itself keeps what it allocates at the end. SIGBUS is left
-# to the core's own handler and what its tests put before it.
+# exceptions. ASan's reports go to files, because a test may expect that a process fails: any report
+# fails the run. UBSan's go to stderr, which pytest therefore leaves alone. Leaks are not looked for:
+# Python itself keeps what it allocates at the end. SIGBUS is left to the core's own handler and what
+# its tests put before it.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
-ASAN_TESTS = tests/ops tests/test_checkpoint.py tests/test_golden.py tests/test_model_config.py \
-  tests/test_safetensors.py
+ASAN_TESTS = tests/ops $(addprefix tests/test_, block_pool.py checkpoint.py engine.py golden.py \
+  model_config.py safetensors.py sampler.py thread_pool.py)
 
 asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan (GCC)
 	$(PYTHON) -m venv $(ASAN)/venv
@@ -102,7 +109,7 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc \
 	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \
 	  UBSAN_OPTIONS=$(ASAN_REPORTS) \
-	  $(ASAN)/venv/bin/python -m pytest $(ASAN_TESTS) $(ARGS); \
+	  $(ASAN)/venv/bin/python -m pytest --capture=sys $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \
 	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \
 	exit $$status

@@ -11,7 +11,8 @@ namespace tinyvllm {
 // theta^(-2i / head_dim) (Su et al. 2021).
 //
 //   linear  all divided by factor (Chen et al. 2023, position interpolation)
-//   llama3  by wavelength: long ones divided by factor, short ones kept, a linear blend between (Llama 3.1)
+//   llama3  by wavelength: long ones divided by factor, short ones kept, a linear blend between
+//           (Llama 3.1)
 //   yarn    by rotations within the original context: a linear ramp over i from kept to divided by
 //           factor ("NTK by parts", Peng et al. 2023)
 //

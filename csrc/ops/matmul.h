@@ -1,8 +1,8 @@
 // y = x W^T + b:  out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]
 //
 //   x       [num_rows, depth]    float32 or bfloat16
-//   weight  [outputs, depth]     up to three row blocks stacked along the outputs, because q, k, v (and
-//                                gate, up) are separate tensors on disk; one dtype
+//   weight  [outputs, depth]     up to three row blocks stacked along the outputs, because q, k, v
+//                                (and gate, up) are separate tensors on disk; one dtype
 //   bias    [outputs]            float32, a part of each row block, or absent
 //   out     [num_rows, outputs]  float32; may not alias x
 //

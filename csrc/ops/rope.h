@@ -29,8 +29,8 @@ void rope_angles(const CpuContext& ctx, std::span<const std::int32_t> positions,
 //   q, k <- rotated by the token's angles
 //   cache[slots[t]] <- k, v, rounded to the cache's dtype
 //
-//   qkv      [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]  float32; q is replaced in place, k
-//            and v are left as working space
+//   qkv      [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]  float32; q is replaced in place,
+//            k and v are left as working space
 //   q_norm, k_norm  [head_dim] float32, or null
 //   cos_sin  [num_tokens, head_dim]  from rope_angles
 //   slots    [num_tokens]  each token's own; no two are equal

@@ -124,6 +124,7 @@ def write_checkpoint(out: Path, model: Llama, config: Config, tokenizer: Tokeniz
             "temperature": 0.8,
             "top_k": 50,
             "top_p": 0.95,
+            "max_new_tokens": 400,  # a story has about 250
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
