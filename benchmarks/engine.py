@@ -2,11 +2,12 @@
 
     python benchmarks/engine.py [mix] [prefix] [scheduling] [--json FILE]
 
-mix         256 requests of 100 to 1,024 tokens in and out (nano-vllm's protocol): continuous against static
-            batching, then a pool that holds a tenth of the requests, then one request at a time. All must
-            give the same tokens.
+mix         256 requests of 100 to 1,024 tokens in and out (nano-vllm's protocol): continuous
+            against static batching, then a pool that holds a tenth of the requests, then one
+            request at a time. All must give the same tokens.
 prefix      32 requests that share their first 1,000 tokens, with the prefix cache off and on.
-scheduling  CPU time of a step outside the forward pass and the sampler, with 256 sequences running.
+scheduling  CPU time of a step outside the forward pass and the sampler, with 256 sequences
+            running.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def mix(scale: float) -> dict[str, Any]:
         print(
             f"{name:16s} {row['seconds']:7.1f} s  {row['output_tokens_per_second']:7.0f} tok/s  "
             f"{row['num_steps']:6d} steps  {row['num_preemptions']:4d} preemptions  "
-            f"{row['prompt_tokens']:7d} prompt tokens computed  KV {row['kv_cache_tokens']:6d} tokens"
-            f"  same tokens: {row['same tokens as one at a time']}"
+            f"{row['prompt_tokens']:7d} prompt tokens computed  "
+            f"KV {row['kv_cache_tokens']:6d} tokens  "
+            f"same tokens: {row['same tokens as one at a time']}"
         )
     ratio = rows["static"]["seconds"] / rows["continuous"]["seconds"]
     print(f"continuous / static throughput: {ratio:.2f}")
@@ -95,7 +97,8 @@ def prefix() -> dict[str, Any]:
     }
     same = rows["cache off"].pop("tokens") == rows["cache on"].pop("tokens")
     for name, row in rows.items():
-        print(f"{name:10s} {row['prompt_tokens']:6d} prompt tokens computed, {row['seconds']:.2f} s")
+        computed, seconds = row["prompt_tokens"], row["seconds"]
+        print(f"{name:10s} {computed:6d} prompt tokens computed, {seconds:.2f} s")
     print(f"same tokens: {same}")
     return {**rows, "same_tokens": same}
 
@@ -138,7 +141,9 @@ def main() -> None:
     for part in parts:
         print(f"--- {part}")
         results[part] = {
-            "mix": lambda: mix(arguments.scale), "prefix": prefix, "scheduling": scheduling
+            "mix": lambda: mix(arguments.scale),
+            "prefix": prefix,
+            "scheduling": scheduling,
         }[part]()
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

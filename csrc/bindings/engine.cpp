@@ -132,7 +132,7 @@ py::dict stats_of(const EngineStats& stats) {
       "num_cached_blocks"_a = stats.num_cached_blocks, "num_steps"_a = stats.num_steps,
       "prompt_tokens"_a = stats.num_prefill_tokens, "generation_tokens"_a = stats.num_output_tokens,
       "scheduling_seconds"_a = stats.step_seconds - stats.model_seconds,
-                  "num_preemptions"_a = stats.scheduler.num_preemptions,
+      "num_preemptions"_a = stats.scheduler.num_preemptions,
       "prefix_cache_queries"_a = stats.scheduler.prefix_cache_queries,
       "prefix_cache_hits"_a = stats.scheduler.prefix_cache_hits);
 }
