@@ -259,13 +259,14 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
   compute(step, last_rows);
 
   std::vector<Sequence*> due;  // in the order of last_rows
+  due.reserve(last_rows.size());
   for (const auto& [sequence, num_tokens] : step.sequences) {
     const std::size_t computed =
         sequence->num_computed_tokens + static_cast<std::size_t>(num_tokens);
     if (computed == sequence->tokens.size()) due.push_back(sequence);
   }
   StepOutput prompt_output;
-  const Draws draws = draw(due, last_rows);
+  Draws draws = draw(due, last_rows);
   add_prompt_logprobs(step, prompt_output);
   // Zeros were read in place of a page that is gone: nothing of this step may leave.
   if (checkpoint_.any_file_failed()) checkpoint_.check_files();
@@ -280,19 +281,17 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
   }
   output.prompt_logprobs = std::move(prompt_output.prompt_logprobs);
   std::map<RequestId, std::exception_ptr> failed;
+  auto sample = draws.samples.begin();
   for (std::size_t i = 0; i < due.size(); ++i) {
     if (draws.errors[i]) {
       failed.emplace(due[i]->request->id, draws.errors[i]);
+      sample += due[i]->num_slots();
       continue;
     }
-    std::vector<Sequence*> sequences = {due[i]};
-    if (due[i]->stands_for_all) {
-      const std::vector<Sequence*> children = scheduler_.fork(*due[i]);
-      sequences.insert(sequences.end(), children.begin(), children.end());
-    }
-    for (std::size_t k = 0; k < sequences.size(); ++k) {
-      accept(*sequences[k], draws.samples[i][k], output);
-    }
+    std::vector<Sequence*> forks;
+    if (due[i]->stands_for_all) forks = scheduler_.fork(*due[i]);
+    accept(*due[i], std::move(*sample++), output);
+    for (Sequence* fork : forks) accept(*fork, std::move(*sample++), output);
   }
   for (const auto& [id, error] : failed) fail(id, error, output);
 }
@@ -303,17 +302,23 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
 Engine::Draws Engine::draw(const std::vector<Sequence*>& due,
                            const std::vector<std::int32_t>& rows) {
   const CpuTimer timer(totals_.model_seconds);
-  Draws draws{.samples = std::vector<std::vector<Sample>>(due.size()),
+  std::vector<std::size_t> first;  // of each sequence's samples
+  std::size_t num_samples = 0;
+  for (const Sequence* sequence : due) {
+    first.push_back(num_samples);
+    num_samples += static_cast<std::size_t>(sequence->num_slots());
+  }
+  Draws draws{.samples = std::vector<Sample>(num_samples),
               .errors = std::vector<std::exception_ptr>(due.size())};
   const MutTensorView logits = model_.logits(rows);
   ctx_.parallel_for(std::ssize(due), [&](std::int64_t i, int) {
     const auto index = static_cast<std::size_t>(i);
     const std::span<const float> row(logits.row<float>(i), static_cast<std::size_t>(logits.cols));
     const Sequence& sequence = *due[index];
-    const std::int32_t end = sequence.sample + static_cast<std::int32_t>(sequence.num_slots());
     try {
-      for (std::int32_t sample = sequence.sample; sample < end; ++sample) {
-        draws.samples[index].push_back(sampler_.sample(sequence, sample, row));
+      for (std::int32_t k = 0; k < static_cast<std::int32_t>(sequence.num_slots()); ++k) {
+        draws.samples[first[index] + static_cast<std::size_t>(k)] =
+            sampler_.sample(sequence, sequence.sample + k, row);
       }
     } catch (...) {
       draws.errors[index] = std::current_exception();

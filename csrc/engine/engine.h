@@ -138,8 +138,8 @@ class Engine {
 
  private:
   struct Draws {
-    std::vector<std::vector<Sample>> samples;  // of each due sequence: one, or one for each fork
-    std::vector<std::exception_ptr> errors;    // of each due sequence, or null
+    std::vector<Sample> samples;             // of each due sequence: one, or one for each fork
+    std::vector<std::exception_ptr> errors;  // of each due sequence, or null
   };
 
   void run(const ScheduledStep& step, StepOutput& output);

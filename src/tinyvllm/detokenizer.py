@@ -36,13 +36,11 @@ class IncrementalDetokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
     ) -> None:
-        """`prompt_ids` may be given, as to other engines' detokenizers, and change nothing."""
         if "" in stop:
             raise InvalidRequestError("a stop string is empty. Leave it out.")
         self.stop_reason: str | None = None  # the stop string that has ended the text
