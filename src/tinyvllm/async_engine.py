@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.outputs import RequestDelta, RequestOutput
-from tinyvllm.request import ActiveRequest
+from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.step_thread import StepThread
-from tinyvllm.text_engine import BUNDLED_MODEL, ParsedPrompt, Prompt, TextEngine
+from tinyvllm.text_engine import BUNDLED_MODEL, Prompt, TextEngine
 from tinyvllm.tokenizer import Tokenizer
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tinyvllm.chat_template import Message
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.outputs import RequestDelta, RequestOutput
-from tinyvllm.request import ActiveRequest
+from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
-from tinyvllm.text_engine import BUNDLED_MODEL, ParsedPrompt, Prompt, TextEngine
+from tinyvllm.text_engine import BUNDLED_MODEL, Prompt, TextEngine
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from tinyvllm.detokenizer import IncrementalDetokenizer
 from tinyvllm.outputs import (
@@ -16,11 +16,13 @@ from tinyvllm.outputs import (
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tinyvllm.text_engine import ParsedPrompt
-
 # What the engine reports for a token: its logprob, its rank, the best ids and their logprobs.
 CoreLogprobs = tuple[float, int, list[int], list[float]]
+
+
+class ParsedPrompt(NamedTuple):
+    text: str | None  # None where token ids were given
+    token_ids: list[int]
 
 
 class ActiveRequest:

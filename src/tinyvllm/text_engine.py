@@ -11,13 +11,13 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinyvllm import _core, generation_config
 from tinyvllm.chat_template import Message
 from tinyvllm.errors import DeviceError, InvalidRequestError
 from tinyvllm.model_lookup import find_model
-from tinyvllm.request import ActiveRequest
+from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.tokenizer import Tokenizer
 
@@ -50,11 +50,6 @@ _NEUTRAL = {
     "hf_overrides": None,
     "runner": "auto",
 }
-
-
-class ParsedPrompt(NamedTuple):
-    text: str | None  # None where token ids were given
-    token_ids: list[int]
 
 
 class TextEngine:
