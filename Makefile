@@ -101,7 +101,7 @@ ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
 ASAN_TESTS = tests/ops $(addprefix tests/test_, block_pool.py checkpoint.py engine.py golden.py \
-  model_config.py safetensors.py sampler.py thread_pool.py)
+  model_config.py prefix_cache.py safetensors.py sampler.py scheduler.py thread_pool.py)
 
 asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan (GCC)
 	$(PYTHON) -m venv $(ASAN)/venv
@@ -111,7 +111,7 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc \
 	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \
 	  UBSAN_OPTIONS=$(ASAN_REPORTS) \
-	  $(ASAN)/venv/bin/python -m pytest --capture=sys -k 'not fork' $(ASAN_TESTS) $(ARGS); \
+	  $(ASAN)/venv/bin/python -m pytest --capture=sys -k 'not (after_fork or forked_child)' $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \
 	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \
 	exit $$status

@@ -229,12 +229,6 @@ def test_the_leading_space_is_dropped_at_the_true_start_only():
     )
 
 
-def test_the_prompt_does_not_change_the_text():
-    ids = LLAMA2.encode("the fox", False)
-    detokenizer = IncrementalDetokenizer(LLAMA2, LLAMA2.encode("Once upon"))
-    assert detokenizer.push(ids) + detokenizer.finish() == LLAMA2.decode(ids) == "the fox"
-
-
 def test_special_tokens_in_the_middle_of_a_character_are_as_if_they_were_not_there():
     fox, special = "🦊".encode(), LLAMA3._backend.token_to_id("<|eot_id|>")
     ids = [*byte_tokens(fox[:2]), special, special, *byte_tokens(fox[2:])]
