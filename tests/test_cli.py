@@ -257,7 +257,9 @@ def long_run(model: str) -> list[str]:
 
 
 def test_a_reader_that_goes_away_is_exit_141_and_no_message(model: str) -> None:
-    process = subprocess.Popen(long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(1)
@@ -286,7 +288,9 @@ def test_closed_stdout_is_exit_1(model: str) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_keep_what_was_written(model: str, number: int, code: int) -> None:
     whole = subprocess.run(long_run(model), capture_output=True, timeout=120).stdout
-    process = subprocess.Popen(long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        long_run(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     assert process.stdout is not None
     first = process.stdout.read(1)
     process.send_signal(number)

@@ -8,8 +8,8 @@
 
 namespace tinyvllm {
 
-// The Python exception that a C++ one becomes: of the same name in tinyvllm.errors where there is one,
-// else the type given.
+// The Python exception that a C++ one becomes: of the same name in tinyvllm.errors where there is
+// one, else the type given.
 pybind11::object python_exception(const std::exception_ptr& error, const char* otherwise);
 
 void bind_checkpoint(pybind11::module_& module);

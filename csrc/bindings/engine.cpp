@@ -168,8 +168,8 @@ py::dict info_of(const Engine& engine) {
       "warnings"_a = engine.warnings());
 }
 
-// Holds an engine until close(), so that its memory goes back then and not when Python collects it. A call
-// that another thread is in keeps the engine alive until it returns.
+// Holds an engine until close(), so that its memory goes back then and not when Python collects it.
+// A call that another thread is in keeps the engine alive until it returns.
 class EngineHandle {
  public:
   explicit EngineHandle(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) {}

@@ -15,16 +15,13 @@ namespace tinyvllm {
 
 enum class RopeType : std::uint8_t { kDefault, kLinear, kLlama3, kYarn };
 
-// Rotary position embedding. The plain frequencies are theta^(-2i / head_dim); the types change
-// them:
+// Rotary position embedding. The plain frequencies are theta^(-2i / head_dim); the types change them:
 //   linear  all divided by factor
 //   llama3  wavelengths above original_max_position_embeddings / low_freq_factor divided by factor,
-//   below
-//           original_max_position_embeddings / high_freq_factor untouched, a blend between the two
-//   yarn    a blend between divided and untouched along i, from the i that turns beta_fast times
-//   within
-//           original_max_position_embeddings to the i that turns beta_slow times (rounded outwards
-//           to whole i where truncate is set)
+//           below original_max_position_embeddings / high_freq_factor untouched, a blend between
+//   yarn    a blend between divided and untouched along i: from the i that turns beta_fast times
+//           within original_max_position_embeddings to the i that turns beta_slow times (rounded
+//           outwards to whole i where truncate is set)
 // Fields that a type does not use hold the values below.
 struct RopeConfig {
   RopeType type = RopeType::kDefault;

@@ -1,8 +1,9 @@
 // Which blocks of the KV cache are free, and how many block tables hold each of the others.
 //
-// Exact bookkeeping and nothing else: free + used = total, and a block's count is the number of tables that
-// hold it. A free block whose content the prefix cache knows keeps it until the pool needs the block:
-// blocks without content are taken first, then the one that was freed the longest ago.
+// Exact bookkeeping and nothing else: free + used = total, and a block's count is the number of
+// tables that hold it. A free block whose content the prefix cache knows keeps it until the pool
+// needs the block: blocks without content are taken first, then the one that was freed the longest
+// ago.
 #pragma once
 
 #include <cstdint>
@@ -24,20 +25,20 @@ class BlockPool {
   std::int64_t num_cached() const { return num_cached_; }  // free, with content that can be found
   std::int32_t count(BlockId block) const { return counts_[static_cast<std::size_t>(block)]; }
 
-  // A free block, now held by one table; its content is forgotten. Throws Error if there is none: ask
-  // num_free() first. A fresh pool gives its lowest blocks first; a freed block without content is the
-  // next to be used again, because its memory is warm.
+  // A free block, now held by one table; its content is forgotten. Throws Error if there is none:
+  // ask num_free() first. A fresh pool gives its lowest blocks first; a freed block without content
+  // is the next to be used again, because its memory is warm.
   BlockId allocate();
 
-  // One more table holds the block: a fork of its sequence, or a prefix hit, which may find it free.
-  // Throws Error on a free block without content.
+  // One more table holds the block: a fork of its sequence, or a prefix hit, which may find it
+  // free. Throws Error on a free block without content.
   void share(BlockId block);
 
   // One table less holds it. Throws Error on a block that none holds.
   void release(BlockId block);
 
-  // Releases a whole table and empties it; backwards, so that the end of a sequence is evicted before
-  // its beginning, which more requests can use.
+  // Releases a whole table and empties it; backwards, so that the end of a sequence is evicted
+  // before its beginning, which more requests can use.
   void release_all(std::vector<BlockId>& block_table);
 
   // Forgets the content of a block, wherever it is.

@@ -27,7 +27,8 @@ void require(bool holds, const char* field, std::int64_t value, const std::strin
                             range + ".");
 }
 
-// The most prompt rows that pass the output matrix at a time: [64, vocab] floats are 32 MB at 128k tokens.
+// The most prompt rows that pass the output matrix at a time: [64, vocab] floats are 32 MB at 128k
+// tokens.
 constexpr std::int64_t kPromptLogprobRows = 64;
 
 // Adds the CPU time of its scope to a total.
@@ -253,7 +254,8 @@ StepOutput Engine::step() {
   return output;
 }
 
-// One forward pass, and what its logits become. Output gets nothing before all that can fail is done.
+// One forward pass, and what its logits become. Output gets nothing before all that can fail is
+// done.
 void Engine::run(const ScheduledStep& step, StepOutput& output) {
   std::vector<std::int32_t> last_rows;  // of the sequences whose next token is due
   compute(step, last_rows);
@@ -296,9 +298,9 @@ void Engine::run(const ScheduledStep& step, StepOutput& output) {
   for (const auto& [id, error] : failed) fail(id, error, output);
 }
 
-// The next token of each sequence from its row of the batch. Forks draw from the row of the sequence that
-// stands for them: only their sample numbers differ. A row that cannot be sampled fails its own request
-// and no other.
+// The next token of each sequence from its row of the batch. Forks draw from the row of the
+// sequence that stands for them: only their sample numbers differ. A row that cannot be sampled
+// fails its own request and no other.
 Engine::Draws Engine::draw(const std::vector<Sequence*>& due,
                            const std::vector<std::int32_t>& rows) {
   const CpuTimer timer(totals_.model_seconds);
@@ -327,8 +329,8 @@ Engine::Draws Engine::draw(const std::vector<Sequence*>& due,
   return draws;
 }
 
-// The forward pass over the scheduled tokens of every sequence, one sequence after the other. Appends the
-// rows of the batch whose logits give a next token.
+// The forward pass over the scheduled tokens of every sequence, one sequence after the other.
+// Appends the rows of the batch whose logits give a next token.
 void Engine::compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows) {
   std::vector<std::int32_t> tokens, positions;
   std::vector<std::int64_t> slots;
@@ -357,8 +359,8 @@ void Engine::compute(const ScheduledStep& step, std::vector<std::int32_t>& last_
                  kv_cache_);
 }
 
-// Row t of a prompt gives the logprobs of token t + 1. Rows whose results are there already, from before a
-// preemption, are left out.
+// Row t of a prompt gives the logprobs of token t + 1. Rows whose results are there already, from
+// before a preemption, are left out.
 void Engine::add_prompt_logprobs(const ScheduledStep& step, StepOutput& output) {
   std::int64_t first_row = 0;  // of the sequence in the batch
   for (const auto& [sequence, num_tokens] : step.sequences) {

@@ -1,4 +1,5 @@
-// The engine: requests go in, steps turn them into tokens, each request ends with exactly one event.
+// The engine: requests go in, steps turn them into tokens, each request ends with exactly one
+// event.
 //
 // It knows no text. The front end tokenizes, decodes, looks for stop strings and calls finish().
 // It holds no global state: a process may own several.
@@ -50,8 +51,8 @@ struct EngineConfig {
   std::optional<std::filesystem::path> trace;          // a file for events (trace.h)
 };
 
-// What one step produced. Events come as parallel arrays, with an entry for each: a new token of an output,
-// the end of that output, or both. A request has ended when all its outputs have.
+// What one step produced. Events come as parallel arrays, with an entry for each: a new token of an
+// output, the end of that output, or both. A request has ended when all its outputs have.
 struct StepOutput {
   std::vector<RequestId> request;
   std::vector<std::int32_t> sample;  // which of the request's n outputs
@@ -65,7 +66,8 @@ struct StepOutput {
     std::exception_ptr error;        // where its outputs ended with kError
   };
   std::vector<Ended> ended;  // exactly one a request, after its last output
-  // Of prompt token 1, 2, ..., once the whole prompt is computed, where SamplingParams asks for them.
+  // Of prompt token 1, 2, ..., once the whole prompt is computed, where SamplingParams asks for
+  // them.
   std::vector<std::pair<RequestId, std::vector<TokenLogprobs>>> prompt_logprobs;
 };
 
@@ -75,8 +77,8 @@ struct EngineStats {
   std::int64_t num_steps = 0;
   std::int64_t num_prefill_tokens = 0;  // computed; those of preempted sequences count again
   std::int64_t num_output_tokens = 0;
-  // CPU time of the stepping thread: all of step(), and in it the forward pass and the sampler. What is
-  // between the two is the cost of scheduling.
+  // CPU time of the stepping thread: all of step(), and in it the forward pass and the sampler.
+  // What is between the two is the cost of scheduling.
   double step_seconds = 0, model_seconds = 0;
   SchedulerStats scheduler;
 };
@@ -99,22 +101,22 @@ struct EngineSnapshot {
 
 class Engine {
  public:
-  // Loads the model. Throws CheckpointError, UnsupportedModelError, CapacityError (weights or KV cache
-  // do not fit, with the numbers) or InvalidRequestError (an option out of range).
+  // Loads the model. Throws CheckpointError, UnsupportedModelError, CapacityError (weights or KV
+  // cache do not fit, with the numbers) or InvalidRequestError (an option out of range).
   Engine(const std::filesystem::path& model, const EngineConfig& config);
 
   // Validates everything before queueing: throws InvalidRequestError, and the engine is as before.
   // Ids are the caller's; one in use is refused, and it is until step() has reported its end.
   void add_request(RequestId id, std::vector<std::int32_t> prompt, const SamplingParams& params);
 
-  // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that were
-  // in the step with kError and leaves the engine usable. If a model file could no longer be read, the
-  // step's tokens are discarded.
+  // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that
+  // were in the step with kError and leaves the engine usable. If a model file could no longer be
+  // read, the step's tokens are discarded.
   StepOutput step();
 
-  // Ends one output of a request early; the events come out of the next step(). Unknown ids and what has
-  // ended are ignored: a late call is no mistake. So is a request with n > 1 whose prompt is not computed
-  // yet: it has no single outputs, abort() ends it.
+  // Ends one output of a request early; the events come out of the next step(). Unknown ids and
+  // what has ended are ignored: a late call is no mistake. So is a request with n > 1 whose prompt
+  // is not computed yet: it has no single outputs, abort() ends it.
   void finish(RequestId id, std::int32_t sample, FinishReason reason);
   // Ends all outputs of a request.
   void abort(RequestId id);
@@ -127,7 +129,8 @@ class Engine {
 
   EngineStats stats() const;
   EngineSnapshot snapshot() const;
-  // What the user should know: about the model files, and a trace that could not be written to its end.
+  // What the user should know: about the model files, and a trace that could not be written to its
+  // end.
   std::vector<std::string> warnings() const;
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const CpuContext& context() const { return ctx_; }

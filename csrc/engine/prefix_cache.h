@@ -1,8 +1,10 @@
-// Which blocks hold which tokens, so that a later request with the same beginning can use them again.
+// Which blocks hold which tokens, so that a later request with the same beginning can use them
+// again.
 //
-// A full block's content is its own tokens and everything before them. It is found by a 128-bit hash, chained
-// from block to block; a hit counts only if the tokens are equal and the block before it is the very one
-// that was matched, so that a collision of hashes costs time and never a wrong answer.
+// A full block's content is its own tokens and everything before them. It is found by a 128-bit
+// hash, chained from block to block; a hit counts only if the tokens are equal and the block before
+// it is the very one that was matched, so that a collision of hashes costs time and never a wrong
+// answer.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +34,8 @@ class PrefixCache {
   // The block that holds `tokens` after the content `before`.
   std::optional<BlockId> find(const ContentKey& before, std::span<const std::int32_t> tokens) const;
 
-  // Makes a block known by its content. If another block is known for it already, that one stays and
-  // this one remains unknown. Returns the content's key either way.
+  // Makes a block known by its content. If another block is known for it already, that one stays
+  // and this one remains unknown. Returns the content's key either way.
   ContentKey publish(BlockId block, const ContentKey& before, std::span<const std::int32_t> tokens);
 
   // The block's content is about to change. Unknown blocks are ignored.

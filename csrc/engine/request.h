@@ -1,4 +1,5 @@
-// A request and its sequences: a prompt, how to continue it, and how far each continuation has come.
+// A request and its sequences: a prompt, how to continue it, and how far each continuation has
+// come.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +63,8 @@ struct Request {
   }
 };
 
-// One continuation of a request's prompt: what the scheduler schedules. A request with n > 1 begins as one
-// sequence, which stands for all n until its prompt is computed, and then forks.
+// One continuation of a request's prompt: what the scheduler schedules. A request with n > 1 begins
+// as one sequence, which stands for all n until its prompt is computed, and then forks.
 struct Sequence {
   Request* request = nullptr;
   std::int32_t sample = 0;      // which of the request's n outputs

@@ -113,13 +113,14 @@ std::array<std::uint32_t, 4> token_noise(std::uint64_t seed, std::uint32_t sampl
                 {i, position, sample_index, 0});
 }
 
-// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts of (0, 1).
+// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts
+// of (0, 1).
 double gumbel(std::uint32_t bits) {
   return -std::log(-std::log(std::ldexp(static_cast<double>(bits) + 0.5, -32)));
 }
 
-// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of leading
-// ones, and -log(-log(u)) <= -log(1 - u).
+// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of
+// leading ones, and -log(-log(u)) <= -log(1 - u).
 double gumbel_bound(std::uint32_t bits) { return (std::countl_one(bits) + 1) * std::numbers::ln2; }
 
 std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
@@ -193,7 +194,8 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                 " is not a finite number. The weights are damaged, or too large for their dtype; "
                 "try dtype float32.");
   }
-  // Other samples of the request may draw from the same row, and logprobs are those of the raw logits.
+  // Other samples of the request may draw from the same row, and logprobs are those of the raw
+  // logits.
   std::vector<float> logits(raw.begin(), raw.end());
   apply_bias_and_mask(sequence, eos_token_ids_, logits);
   if (params.has_penalties()) apply_penalties(sequence, logits);

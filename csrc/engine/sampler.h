@@ -3,10 +3,10 @@
 // The order is fixed (DESIGN 3): logit_bias and the min_tokens mask; repetition, then frequency and
 // presence penalty; temperature; min_p; top_k; top_p. Ties go to the lowest id, everywhere.
 //
-// A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max trick:
-// it follows the softmax exactly). The noise of a token comes from Philox, keyed by the request's
-// seed and counted by (token id, position, sample index), so that neither the order of the tokens nor the
-// batch can change it.
+// A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max
+// trick: it follows the softmax exactly). The noise of a token comes from Philox, keyed by the
+// request's seed and counted by (token id, position, sample index), so that neither the order of
+// the tokens nor the batch can change it.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,8 @@ class Sampler {
   explicit Sampler(std::vector<std::int32_t> eos_token_ids)
       : eos_token_ids_(std::move(eos_token_ids)) {}
 
-  // The next token of one of the request's samples, which `sequence` is or stands for, from `logits`
-  // [vocab]. Throws Error where a logit is not
-  // finite, and where the masks leave no token.
+  // The next token of one of the request's samples, which `sequence` is or stands for, from
+  // `logits` [vocab]. Throws Error where a logit is not finite, and where the masks leave no token.
   Sample sample(const Sequence& sequence, std::int32_t sample_index,
                 std::span<const float> logits) const;
 

@@ -49,8 +49,8 @@ ScheduledStep Scheduler::schedule() {
   return step;
 }
 
-// Blocks for the next num_tokens tokens; a shared block that is not full is replaced by a copy. If there are
-// too few free blocks it changes nothing and returns false.
+// Blocks for the next num_tokens tokens; a shared block that is not full is replaced by a copy. If
+// there are too few free blocks it changes nothing and returns false.
 bool Scheduler::make_room(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
   const auto computed = static_cast<std::int64_t>(sequence.num_computed_tokens);
   const std::int64_t wanted = (computed + num_tokens + config_.block_size - 1) / config_.block_size;
@@ -94,7 +94,8 @@ void Scheduler::preempt_last(const Sequence& needy) {
   ++stats_.num_preemptions;
 }
 
-// Moves the first waiting sequence to the running ones, if there are slots and blocks for a chunk of it.
+// Moves the first waiting sequence to the running ones, if there are slots and blocks for a chunk
+// of it.
 bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
   Sequence& sequence = *waiting_.front();
   if (num_slots_used() + sequence.num_slots() > config_.max_num_seqs) return false;
@@ -134,8 +135,8 @@ bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
   return true;
 }
 
-// The cached blocks that the sequence begins with: whole ones, and never its last token, which must be
-// computed for its logits, in a block of the sequence's own.
+// The cached blocks that the sequence begins with: whole ones, and never its last token, which must
+// be computed for its logits, in a block of the sequence's own.
 std::vector<BlockId> Scheduler::find_prefix(const Sequence& sequence) const {
   std::vector<BlockId> prefix;
   if (!config_.prefix_caching || sequence.request->wants_prompt_logprobs()) return prefix;
@@ -150,8 +151,8 @@ std::vector<BlockId> Scheduler::find_prefix(const Sequence& sequence) const {
   return prefix;
 }
 
-// Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step: every layer
-// writes the K and V of the whole batch before it attends.
+// Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step:
+// every layer writes the K and V of the whole batch before it attends.
 void Scheduler::publish(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
   if (!config_.prefix_caching) return;
   const auto size = static_cast<std::size_t>(config_.block_size);

@@ -1,9 +1,10 @@
 // What the next step computes: a list of (sequence, number of tokens), and the KV blocks for them.
 //
-// Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawal et al. 2023): running
-// sequences get their next token first, what is left of the step's budget goes to chunks of waiting prompts.
-// First come, first served, and nobody overtakes. When the pool runs dry, the sequence that came last gives
-// its blocks back and is computed again later (preemption by recomputation).
+// Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawal et al. 2023):
+// running sequences get their next token first, what is left of the step's budget goes to chunks of
+// waiting prompts. First come, first served, and nobody overtakes. When the pool runs dry, the
+// sequence that came last gives its blocks back and is computed again later (preemption by
+// recomputation).
 #pragma once
 
 #include <cstdint>
@@ -56,8 +57,8 @@ class Scheduler {
             Trace* trace = nullptr)
       : config_(config), pool_(pool), cache_(cache), trace_(trace) {}
 
-  // A sequence that alone is longer than the pool can never end; the engine refuses it before it comes
-  // here, and one that needs more than max_num_seqs slots.
+  // A sequence that alone is longer than the pool can never end; the engine refuses it before it
+  // comes here, and one that needs more than max_num_seqs slots.
   void add(std::unique_ptr<Sequence> sequence);
 
   // Empty if there is nothing to do. Every sequence in it has blocks for its tokens.

@@ -1,8 +1,8 @@
 // The forward pass of a Llama-family decoder over a flat batch of tokens.
 //
-// There is no prefill path and no decode path: a batch is the tokens of any number of sequences, chunks
-// of prompts and single new tokens side by side, and every token attends through its sequence's block
-// table (PagedAttention).
+// There is no prefill path and no decode path: a batch is the tokens of any number of sequences,
+// chunks of prompts and single new tokens side by side, and every token attends through its
+// sequence's block table (PagedAttention).
 #pragma once
 
 #include <cstddef>
@@ -37,11 +37,12 @@ class Transformer {
   const Weights& weights() const { return weights_; }
   KvShape kv_shape(std::int64_t num_blocks, std::int64_t block_size) const;
 
-  // Runs all layers over the batch and writes the K and V of its tokens to `kv`. One batch at a time.
+  // Runs all layers over the batch and writes the K and V of its tokens to `kv`. One batch at a
+  // time.
   void forward(const Batch& batch, const KvCache& kv);
 
-  // The logits [rows, vocab], float32, of some tokens of the last batch; valid until the next call. The
-  // output matrix is the largest of all, so that only those are computed that are used.
+  // The logits [rows, vocab], float32, of some tokens of the last batch; valid until the next call.
+  // The output matrix is the largest of all, so that only those are computed that are used.
   MutTensorView logits(std::span<const std::int32_t> rows);
 
  private:
