@@ -20,7 +20,12 @@ import click
 from tinyvllm.cli.terminal import Stopped, handle_signals
 from tinyvllm.errors import TinyvllmError
 
-_COMMANDS = {"generate": "Continue prompts, or answer them."}
+_COMMANDS = {
+    "generate": "Continue prompts, or answer them.",
+    "run-batch": "Answer a file of requests, one a line.",
+    "inspect": "What a model is, and whether it fits.",
+    "env": "What a bug report needs to know.",
+}
 
 
 class _Commands(click.Group):
@@ -32,7 +37,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"tinyvllm.cli.{name}").command
+        command: click.Command = import_module(f"tinyvllm.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

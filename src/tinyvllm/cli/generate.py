@@ -182,7 +182,7 @@ def command(**options: Any) -> None:
     texts = _read_texts(options)  # before the model is loaded: what is wrong here is wrong at once
     output = Output()
 
-    from tinyvllm.cli.report import Report, note
+    from tinyvllm.cli.report import Report, note, notes
     from tinyvllm.llm import BUNDLED_MODEL, LLM
 
     quiet = options["quiet"]
@@ -205,7 +205,7 @@ def command(**options: Any) -> None:
         prompts = _prompts(llm, texts, options)
         report = Report(llm, output, sampling, origins, prompts, options)
         if not quiet:
-            for line in report.notes():
+            for line in notes(llm, options["max_model_len"]):
                 note(line)
         try:
             for delta in llm.stream([prompt.token_ids for prompt in prompts], sampling):
