@@ -108,7 +108,7 @@ class ApiLine(Line):
 
     def requests(self, engine: TextEngine, settings: Settings) -> list[Request]:
         value = self._value
-        if not _API_FIELDS >= value.keys() or "url" not in value:
+        if not value.keys() <= _API_FIELDS or "url" not in value:
             raise ApiError(
                 f"the line has the fields {sorted(value)}; give custom_id, method, url and body, "
                 "or a prompt."

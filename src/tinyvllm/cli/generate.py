@@ -32,7 +32,6 @@ Examples:
 
 @click.command(
     epilog=_EPILOG,
-    short_help="Continue prompts, or answer them.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(

@@ -37,7 +37,6 @@ Examples:
 
 @click.command(
     epilog=_EPILOG,
-    short_help="Answer a file of requests, one a line.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
@@ -182,7 +181,7 @@ def command(**options: Any) -> int:
         window = options["window"] or 2 * options["max_num_seqs"]
         try:
             Batch(llm, settings, reader, writer, window, tally, progress).run()
-        except Stopped as stopped:
+        except Stopped:
             progress.close()
             if writer.is_file and names_file and not quiet:
                 note(f"stopped after {tally.answered} answers; --resume goes on after them")
@@ -250,8 +249,9 @@ def _skip_answered(reader: LineReader, target: int, options: dict[str, Any], tal
                 break
             try:
                 answer = json.loads(data)
-                failed = answer.get("error") is not None
-            except (ValueError, RecursionError, AttributeError):
+                if not isinstance(answer, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
                 raise InvalidRequestError(
                     f"{path}, line {number}: no answer of run-batch. Name the output of the run "
                     "that is to go on, or leave out --resume."
