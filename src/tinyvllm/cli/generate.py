@@ -131,7 +131,7 @@ def command(**options: Any) -> None:
     texts = _read_texts(options)  # before the model is loaded: what is wrong here is wrong at once
     output = Output()
 
-    from tinyvllm.cli.report import Report, note
+    from tinyvllm.cli.report import Report, note, notes
 
     quiet = options["quiet"]
     with open_llm(
@@ -147,7 +147,7 @@ def command(**options: Any) -> None:
         prompts = _prompts(llm, texts, options)
         report = Report(llm, output, sampling, origins, prompts, options)
         if not quiet:
-            for line in report.notes():
+            for line in notes(llm, options["max_model_len"]):
                 note(line)
         try:
             for delta in llm.stream([prompt.token_ids for prompt in prompts], sampling):
