@@ -89,23 +89,23 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::max(options.max_tokens, padded(options.max_draws)),
              std::max(padded(options.max_draws), kPromptLogprobRows)),
       max_blocks_((options.max_model_len + options.block_size - 1) / options.block_size),
-      batch_inputs_(static_cast<std::size_t>(std::max(options.max_tokens, padded(options.max_draws))) *
-                            (4 * sizeof(std::int32_t) + sizeof(std::int64_t)) +
-                        static_cast<std::size_t>(padded(options.max_draws)) * 8 *
-                            sizeof(std::int32_t) +
-                        1024,
-                    "the batch"),
+      batch_inputs_(
+          static_cast<std::size_t>(std::max(options.max_tokens, padded(options.max_draws))) *
+                  (4 * sizeof(std::int32_t) + sizeof(std::int64_t)) +
+              static_cast<std::size_t>(padded(options.max_draws)) * 8 * sizeof(std::int32_t) + 1024,
+          "the batch"),
       item_inputs_(static_cast<std::size_t>(max_decode_items(0)) * 2 * sizeof(std::int32_t),
                    "the work list of attention"),
-      table_inputs_(static_cast<std::size_t>(options.max_draws * max_blocks_) * sizeof(std::int32_t),
-                    "the block tables"),
+      table_inputs_(
+          static_cast<std::size_t>(options.max_draws * max_blocks_) * sizeof(std::int32_t),
+          "the block tables"),
       copy_inputs_(4096, "copies of blocks"),
       draw_inputs_(static_cast<std::size_t>(options.max_draws) * sizeof(SampleRow) + 65536,
                    "sampling"),
       prompt_inputs_(4096, "logprobs of prompts"),
-      tables_(static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) *
-                  sizeof(std::int32_t),
-              "the block tables"),
+      tables_(
+          static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) * sizeof(std::int32_t),
+          "the block tables"),
       results_(static_cast<std::size_t>(2 * options.max_draws) * sizeof(std::int32_t),
                "sampled tokens") {
   for (auto& host : host_results_) host = cuda::PinnedMemory(results_.size(), "sampled tokens");
@@ -197,7 +197,8 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
 
   StepInputs& in = batch_inputs_;
   const auto bytes = static_cast<std::size_t>(
-      num_rows * 24 + (2 * num_sequences + std::ssize(chunks) + 2 * num_tiles + num_rows) * 4 + 512);
+      num_rows * 24 + (2 * num_sequences + std::ssize(chunks) + 2 * num_tiles + num_rows) * 4 +
+      512);
   in.begin(ctx_, num_launched_, bytes);
   const auto tokens = in.add<std::int32_t>(num_rows);
   const auto sources = in.add<std::int32_t>(num_rows);
@@ -300,8 +301,8 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
                                   .max_blocks = static_cast<std::int32_t>(max_blocks_),
                                   .decode_items = items.device,
                                   .num_decode_items = num_items.device,
-                                  .max_decode_items = static_cast<std::int32_t>(max_decode_items(
-                                      std::max<std::int64_t>(1, num_decodes))),
+                                  .max_decode_items = static_cast<std::int32_t>(
+                                      max_decode_items(std::max<std::int64_t>(1, num_decodes))),
                                   .chunk_starts = chunk_starts.device,
                                   .chunk_tiles = chunk_tiles.device,
                                   .num_chunk_tiles = num_tile}},
@@ -345,9 +346,9 @@ void CudaRunner::copy_forked_blocks(const std::vector<BlockCopy>& copies) {
   std::set<std::int32_t> read, written;
   std::size_t first = 0;
   for (std::size_t i = 0; i <= copies.size(); ++i) {
-    const bool conflict = i < copies.size() &&
-                          (written.contains(copies[i].from) || written.contains(copies[i].to) ||
-                           read.contains(copies[i].to));
+    const bool conflict =
+        i < copies.size() && (written.contains(copies[i].from) || written.contains(copies[i].to) ||
+                              read.contains(copies[i].to));
     if (i == copies.size() || conflict) {
       copy_blocks(ctx_, *kv_cache_, {array.device + first, i - first});
       first = i;
@@ -375,9 +376,8 @@ void CudaRunner::draw(const StepPlan& plan, InFlight& step) {
     const std::vector<LogitEdit> own = edits_of(draw, logits_row);
     edits.insert(edits.end(), own.begin(), own.end());
   }
-  draw_inputs_.begin(
-      ctx_, num_launched_,
-      plan.draws.size() * sizeof(SampleRow) + edits.size() * sizeof(LogitEdit) + 64);
+  draw_inputs_.begin(ctx_, num_launched_,
+                     plan.draws.size() * sizeof(SampleRow) + edits.size() * sizeof(LogitEdit) + 64);
   const auto rows = draw_inputs_.add<SampleRow>(num_draws);
   const auto device_edits = draw_inputs_.add<LogitEdit>(std::ssize(edits));
   std::copy(edits.begin(), edits.end(), device_edits.host);
