@@ -13,7 +13,7 @@
 #include "base/errors.h"
 #include "base/host.h"
 #include "bindings/bindings.h"
-#include "engine/philox.h"
+#include "base/philox.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -418,7 +418,7 @@ void bind_parts(py::module_& module) {
       "eos_token_ids"_a = std::vector<std::int32_t>(), "sample_index"_a = 0,
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
-  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
+  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/base/philox.h.");
 }
 
 }  // namespace

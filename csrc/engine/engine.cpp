@@ -10,7 +10,7 @@
 
 #include "base/errors.h"
 #include "base/host.h"
-#include "engine/philox.h"
+#include "base/philox.h"
 
 namespace tinyvllm {
 namespace {
