@@ -14,7 +14,7 @@ constexpr std::int64_t kStripOutputs = 96;  // a multiple of every register tile
 
 template <typename X, typename W>
 void matmul_blocks(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                   void (*kernel)(const MatmulShare<X, W>&)) {
+                   bool accumulate, void (*kernel)(const MatmulShare<X, W>&)) {
   const std::int64_t depth_bytes = weight.depth * static_cast<std::int64_t>(sizeof(X));
   const std::int64_t block_rows = std::max<std::int64_t>(16, kCacheBytes / depth_bytes);
   const auto strips_of = [](const RowBlock& block) {
@@ -39,6 +39,7 @@ void matmul_blocks(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
               .bias = block->bias == nullptr ? nullptr : block->bias + n,
               .out = out.row<float>(m) + first_output + n,
               .out_stride = out.row_stride,
+              .accumulate = accumulate,
               .num_rows = rows,
               .num_outputs = std::min(kStripOutputs, block->rows - n),
               .depth = weight.depth});
@@ -46,9 +47,8 @@ void matmul_blocks(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
   }
 }
 
-}  // namespace
-
-void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+              bool accumulate) {
   if (x.cols != weight.depth || out.cols != weight.outputs() || out.rows != x.rows ||
       out.dtype != DType::kFloat32) {
     throw Error("matmul: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
@@ -59,16 +59,26 @@ void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensor
   }
   const Kernels& kernels = ctx.kernels();
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    matmul_blocks<BFloat16, BFloat16>(ctx, x, weight, out, kernels.matmul_bf16_bf16);
+    matmul_blocks<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    matmul_blocks<float, BFloat16>(ctx, x, weight, out, kernels.matmul_f32_bf16);
+    matmul_blocks<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    matmul_blocks<float, float>(ctx, x, weight, out, kernels.matmul_f32_f32);
+    matmul_blocks<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32);
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +
                 " is not a supported pair of dtypes; convert one of them.");
   }
+}
+
+}  // namespace
+
+void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+  multiply(ctx, x, weight, out, false);
+}
+
+void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
+  multiply(ctx, x, weight, residual, true);
 }
 
 }  // namespace tinyvllm

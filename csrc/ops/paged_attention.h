@@ -6,7 +6,8 @@
 // 0: all p <= position(t)); group = num_heads / num_kv_heads (grouped-query attention, Ainslie et
 // al. 2023).
 //
-//   q    [num_tokens, num_heads * head_dim]  float32; rows may be part of wider rows (qkv)
+//   q    [num_tokens, num_heads * head_dim]  float32 (on CUDA what enters a product); rows may be part
+//        of wider rows (qkv)
 //   kv   one layer of the pool; the K and V of every token of the batch are already in it
 //   out  [num_tokens, num_heads * head_dim]  float32 or bfloat16, what the next matmul reads
 //

@@ -80,7 +80,9 @@ TINYVLLM_INLINE void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m,
   for (int row = 0; row < kRows; ++row) {
     for (int o = 0; o < kOutputs; ++o) {
       const float bias = share.bias ? share.bias[n + o] : 0.0f;
-      share.out[(m + row) * share.out_stride + n + o] = horizontal_sum(sums[row][o]) + bias;
+      float& out = share.out[(m + row) * share.out_stride + n + o];
+      const float value = horizontal_sum(sums[row][o]) + bias;
+      out = share.accumulate ? out + value : value;
     }
   }
 }
