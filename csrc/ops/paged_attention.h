@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/tensor.h"
 #include "ops/cpu_context.h"
@@ -88,6 +89,22 @@ constexpr std::int64_t decode_split(std::int64_t num_decodes, std::int64_t num_k
 constexpr std::int64_t chunk_tile_tokens(std::int64_t num_heads, std::int64_t num_kv_heads) {
   const std::int64_t tokens = 128 / (num_heads / num_kv_heads);
   return tokens > 0 ? tokens : 1;
+}
+
+// The work of one decode, and of one chunk, behind that of the ones before it.
+inline void append_decode_items(std::int32_t sequence, std::int64_t context_length,
+                                std::int64_t split, std::vector<std::int32_t>& items) {
+  std::int32_t index = 0;
+  do {
+    items.insert(items.end(), {sequence, index});
+  } while (++index * split < context_length);
+}
+
+inline void append_chunk_tiles(std::int32_t chunk, std::int64_t num_tokens,
+                               std::int64_t tile_tokens, std::vector<std::int32_t>& tiles) {
+  for (std::int64_t token = 0; token < num_tokens; token += tile_tokens) {
+    tiles.insert(tiles.end(), {chunk, static_cast<std::int32_t>(token)});
+  }
 }
 
 // The scratch memory (CudaContext::workspace) that so many items need. It is used only where a

@@ -20,7 +20,7 @@ void attend_on_tensor_cores(const CudaContext& ctx,
   if (sequences.num_decodes > 0) {
     const int head_tiles = (group + cuda::kDecodeHeads - 1) / cuda::kDecodeHeads;
     const int shares = arguments.num_kv_heads * head_tiles;
-    if (sequences.num_decodes * shares > CudaContext::kNumCounters) {
+    if (static_cast<std::size_t>(sequences.num_decodes * shares) > CudaContext::kNumCounters) {
       throw Error("paged_attention: " + std::to_string(sequences.num_decodes) + " decodes of " +
                   std::to_string(arguments.num_kv_heads) + " KV heads need more than " +
                   std::to_string(CudaContext::kNumCounters) + " counters. Lower max_num_seqs.");

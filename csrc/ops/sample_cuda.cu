@@ -24,7 +24,7 @@ void sample(const CudaContext& ctx, MutTensorView logits, const SampleBatch& bat
             const SampleOutputs& outputs) {
   const std::int32_t num_rows = batch.num_rows;
   if (num_rows == 0) return;
-  if (num_rows > CudaContext::kNumCounters) {
+  if (static_cast<std::size_t>(num_rows) > CudaContext::kNumCounters) {
     throw Error("sample: " + std::to_string(num_rows) + " rows need more than " +
                 std::to_string(CudaContext::kNumCounters) + " counters. Lower max_num_seqs.");
   }
@@ -85,14 +85,6 @@ void logprobs(const CudaContext& ctx, TensorView logits, const std::int32_t* tok
                 .overlaps_previous = true},
                cuda::logprobs_kernel, static_cast<const float*>(logits.data), logits.row_stride,
                static_cast<int>(logits.cols), nullptr, tokens, num_logprobs, outputs);
-}
-
-void feed_tokens(const CudaContext& ctx, const std::int32_t* sampled, const std::int32_t* sources,
-                 std::int32_t count, std::int32_t* tokens) {
-  if (count == 0) return;
-  cuda::launch(ctx, "feed_tokens",
-               {.grid = blocks_for(count), .block = 256, .overlaps_previous = true},
-               cuda::feed_tokens_kernel, sampled, sources, count, tokens);
 }
 
 }  // namespace tinyvllm

@@ -102,7 +102,7 @@ __device__ inline int dimension_of(int i, int g) {
 template <int kDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     decode_attention_kernel(const AttentionArguments<BFloat16> a, int split_size, float* partials,
-                            int* counters) {
+                            std::uint32_t* counters) {
   let_next_begin();
   const int group = a.group(), head_tiles = (group + kDecodeHeads - 1) / kDecodeHeads;
   const int shares = a.num_kv_heads * head_tiles;
@@ -294,8 +294,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
-        int* counter = counters + sequence * shares + share;
-        *is_last = atomicAdd(counter, 1) == num_splits - 1;
+        std::uint32_t* counter = counters + sequence * shares + share;
+        *is_last = static_cast<int>(atomicAdd(counter, 1u)) == num_splits - 1;
         if (*is_last) *counter = 0;
       }
       __syncthreads();

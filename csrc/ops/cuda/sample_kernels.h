@@ -101,7 +101,7 @@ __device__ inline Candidate best_of_warp(Candidate best) {
 //   parts  [num_rows, gridDim.x] in the workspace;  counters [num_rows] zero, and zero again afterwards
 __global__ void __launch_bounds__(kDrawThreads)
     draw_kernel(const float* logits, std::int64_t stride, int vocab, int part_size,
-                const SampleRow* rows, const Cut* cuts, Candidate* parts, int* counters,
+                const SampleRow* rows, const Cut* cuts, Candidate* parts, std::uint32_t* counters,
                 std::int32_t* tokens, SampleError* errors) {
   let_next_begin();
   wait_for_previous();
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kDrawThreads)
     if (lane == 0) {
       parts_of_row[blockIdx.x] = best;
       __threadfence();
-      arrived = atomicAdd(counters + index, 1);
+      arrived = static_cast<int>(atomicAdd(counters + index, 1u));
     }
     if (__shfl_sync(kAllLanes, arrived, 0) < num_parts - 1) return;
     __threadfence();
@@ -238,13 +238,6 @@ __global__ void __launch_bounds__(kRowThreads)
     outputs.top_logprobs[place] =
         static_cast<float>(value_of(memory.sorted_keys[threadIdx.x]) - log_total);
   }
-}
-
-__global__ void feed_tokens_kernel(const std::int32_t* sampled, const std::int32_t* sources,
-                                   int count, std::int32_t* tokens) {
-  wait_for_previous();
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < count && sources[i] >= 0) tokens[i] = sampled[sources[i]];
 }
 
 }  // namespace tinyvllm::cuda
