@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
         // does not see must leave its sums as they are: rescale is then exactly 1.
         const float base = maximum == kMinusInfinity ? 0.0f : maximum;
         const float rescale = fast_exp2((maxima[band][half] - base) * scale);
-        const float shift = base * scale;
         maxima[band][half] = maximum;
         float total = 0.0f;
 #pragma unroll
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& score = scores[band][n][2 * half + c];
-            score = fast_exp2(__fmaf_rn(score, scale, -shift));
+            score = fast_exp2((score - base) * scale);
             total += score;
           }
         }
