@@ -14,9 +14,9 @@
 
 #include "base/errors.h"
 #include "base/host.h"
+#include "base/philox.h"
 #include "bindings/bindings.h"
 #include "engine/make_runner.h"
-#include "engine/philox.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -442,7 +442,7 @@ void bind_parts(py::module_& module) {
       "eos_token_ids"_a = std::vector<std::int32_t>(), "sample_index"_a = 0,
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
-  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
+  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/base/philox.h.");
 }
 
 }  // namespace
