@@ -34,13 +34,13 @@ enum class MatmulUse : std::uint8_t { kStore, kAdd, kNorm, kNormSwiGlu };
 
 struct MatmulCall {
   MatmulUse use = MatmulUse::kStore;
-  TensorView x;
+  TensorView x{};
   const Weight* weight = nullptr;
-  MutTensorView out;            // kAdd: the residual
+  MutTensorView out{};          // kAdd: the residual
   const float* norm = nullptr;  // kNorm and kNormSwiGlu, with all that follows
   float eps = 0;
-  MutTensorView normalized;
-  MutTensorView gate_up;  // kNormSwiGlu
+  MutTensorView normalized{};
+  MutTensorView gate_up{};  // kNormSwiGlu
 };
 
 // The streaming kernel has so many shapes; the first ones can compute a norm.
