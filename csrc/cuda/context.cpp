@@ -93,6 +93,10 @@ bool CudaContext::batch_invariant() const { return state_->batch_invariant; }
 const cuda::CublasLt& CudaContext::cublaslt() const { return state_->cublaslt; }
 std::uint32_t* CudaContext::counters() const { return state_->counters.as<std::uint32_t>(); }
 
+Memory CudaContext::allocate(std::size_t bytes, const char* purpose) const {
+  return cuda::DeviceMemory(bytes, purpose).release();
+}
+
 void CudaContext::activate() const { check(cudaSetDevice(state_->device), "choosing the device"); }
 
 void CudaContext::synchronize() const { state_->stream.synchronize(); }

@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "base/dtype.h"
 #include "base/errors.h"
+#include "base/memory.h"
 
 struct CUstream_st;
 
@@ -37,6 +39,13 @@ class CudaContext {
   std::size_t max_shared_bytes() const;  // a block may ask for, opted in
   bool batch_invariant() const;
   const cuda::CublasLt& cublaslt() const;
+
+  // Device memory, aligned to 256, with anything in it. Throws CapacityError with the purpose, the
+  // bytes and what is free.
+  Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
+
+  // What matmul writes where its result is neither logits nor added to the residual stream.
+  DType product_dtype(DType compute) const { return compute; }
 
   // CUDA keeps the current device for each thread: a thread other than the one that made the context
   // calls this before it uses the context or allocates for it.

@@ -1,10 +1,38 @@
-"""Kinds of option values that click does not have."""
+"""Options in sections, and kinds of option values that click does not have."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
+
+
+class Option(click.Option):
+    """An option that --help lists under a title."""
+
+    def __init__(self, *names: Any, section: str, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.section = section
+
+
+option = partial(click.option, cls=Option)  # @option("--name", section=..., ...)
+
+
+class Command(click.Command):
+    """A command whose --help lists its options by section, in the order of their first options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = getattr(parameter, "section", "Help")
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
