@@ -274,7 +274,15 @@ MatmulPlan wanted(const MatmulCall& call) {
 
 }  // namespace
 
-int num_streaming_shapes() { return kNumShapes; }
+std::vector<StreamingTile> streaming_tiles() {
+  std::vector<StreamingTile> tiles;
+  for (int shape = 0; shape < kNumShapes; ++shape) {
+    with_shape(shape, [&]<typename Shape>(Shape) {
+      tiles.push_back({Shape::kTileOutputs, Shape::kTileRows});
+    });
+  }
+  return tiles;
+}
 int num_normalising_shapes() { return kNumNormalisingShapes; }
 
 MatmulPlan plan_of(const CudaContext& ctx, const MatmulCall& call) {

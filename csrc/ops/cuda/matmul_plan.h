@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "base/tensor.h"
 #include "ops/matmul.h"
@@ -43,8 +44,11 @@ struct MatmulCall {
   MutTensorView gate_up{};  // kNormSwiGlu
 };
 
-// The streaming kernel has so many shapes; the first ones can compute a norm.
-int num_streaming_shapes();
+// The shapes of the streaming kernel: outputs and rows of a tile. The first ones can compute a norm.
+struct StreamingTile {
+  int outputs, rows;
+};
+std::vector<StreamingTile> streaming_tiles();
 int num_normalising_shapes();
 
 // The plan that the op takes for the call.
