@@ -184,7 +184,7 @@ class MatmulTimer {
   std::vector<float> measure(F&& pass, int passes, int repetitions) const {
     std::vector<float> results;
     pass();
-    const cuda::Event start, end;
+    cuda::Event start, end;
     for (int i = 0; i < repetitions; ++i) {
       start.record(ctx_.stream());
       for (int j = 0; j < passes; ++j) pass();
@@ -241,6 +241,14 @@ void bind_matmul_plans(py::module_& module) {
            py::arg("repetitions"))
       .def_property_readonly("weight_bytes", &MatmulTimer::weight_bytes);
 }
+
+}  // namespace tinyvllm
+
+#else
+
+namespace tinyvllm {
+
+void bind_matmul_plans(pybind11::module_& /*module*/) {}
 
 }  // namespace tinyvllm
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -250,7 +251,7 @@ struct TunedPlan {
 };
 
 // In ascending order of up_to_rows for each matrix and use.
-constexpr TunedPlan kTunedPlans[] = {
+constexpr std::initializer_list<TunedPlan> kTunedPlans = {
 #include "ops/cuda/matmul_table.inc"
 };
 
