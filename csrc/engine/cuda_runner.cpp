@@ -96,7 +96,7 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
   const ModelConfig& config = model_.config();
   ctx_.reserve_workspace(std::max(
       {paged_attention_workspace_bytes(max_decode_items(0), config.num_heads, config.head_dim),
-       sample_workspace_bytes(options.max_draws), matmul_workspace_bytes()}));
+       sample_workspace_bytes(options.max_draws)}));
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx_, tables_.data(), 0, tables_.size());
 }
