@@ -8,7 +8,6 @@
 #include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
-#include "ops/matmul.h"
 #include "ops/paged_attention.h"
 
 namespace tinyvllm {
