@@ -18,12 +18,13 @@ void bind_checkpoint(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
+void bind_matmul_plans(pybind11::module_& module);  // nothing in a build without CUDA
 
 // What this module was built with: "gpu", "emulated" or "none".
 const char* cuda_build();
 
 // Where the libraries of pip packages lie that the running Python would import: nvidia/*/lib in each
-// directory of sys.path. Only in a build with CUDA.
+// directory of sys.path.
 std::vector<std::string> cuda_library_directories();
 
 }  // namespace tinyvllm

@@ -9,7 +9,7 @@ from devices import Device, cpu, cuda, has_cuda, is_cuda
 from tinyvllm import _core
 
 # Ops that run on the CPU only.
-CPU_ONLY = {"test_matmul", "test_norm_matmul", "test_paged_attention"}
+CPU_ONLY = {"test_paged_attention"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
