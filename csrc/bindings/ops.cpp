@@ -17,6 +17,7 @@
 #include "bindings/operands.h"
 #include "model/rope_frequencies.h"
 #include "ops/gather_rows.h"
+#include "ops/machine_limits.h"
 #include "ops/matmul.h"
 #include "ops/norm_matmul.h"
 #include "ops/paged_attention.h"
@@ -399,6 +400,13 @@ void bind_ops(py::module_& module) {
             });
           },
           py::arg("count"), py::arg("call"), "Calls call(index, worker) once for each index.");
+
+  module.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("ctx"),
+             py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
+             "Bytes a second that the threads of ctx read from memory.");
+  module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
+             py::call_guard<py::gil_scoped_release>(),
+             "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
