@@ -18,6 +18,7 @@ void bind_checkpoint(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
+void bind_cuda_sampling(pybind11::module_& module);  // only in a build with CUDA; called by bind_cuda
 
 // What this module was built with: "gpu", "emulated" or "none".
 const char* cuda_build();

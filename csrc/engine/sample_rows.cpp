@@ -1,21 +1,11 @@
 #include "engine/sample_rows.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <map>
 
+#include "engine/sampler.h"
+
 namespace tinyvllm {
-namespace {
-
-// The nearest float that is neither 0 nor infinite, as in the Sampler.
-float positive_float(double value) {
-  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
-                                               std::numeric_limits<float>::max()));
-}
-
-}  // namespace
-
 SampleRow sample_row(const Sequence& sequence, std::int32_t sample_index,
                      std::int32_t logits_row) {
   const SamplingParams& params = sequence.request->params;
@@ -23,14 +13,13 @@ SampleRow sample_row(const Sequence& sequence, std::int32_t sample_index,
   row.logits_row = logits_row;
   row.num_logprobs = params.logprobs.value_or(-1);
   if (params.greedy()) return row;
-  row.inverse_temperature = positive_float(1.0 / params.temperature);
+  row.inverse_temperature = inverse_temperature(params);
   row.top_k = std::max(0, params.top_k);
   row.top_p = params.top_p;
-  row.log_min_p = params.min_p > 0 ? static_cast<float>(std::log(params.min_p))
-                                   : -std::numeric_limits<float>::infinity();
+  row.log_min_p = log_min_p(params);
   row.seed = sequence.request->seed;
   row.sample_index = static_cast<std::uint32_t>(sample_index);
-  row.position = static_cast<std::uint32_t>(sequence.tokens.size());
+  row.position = static_cast<std::uint32_t>(sequence.num_tokens());
   return row;
 }
 

@@ -28,6 +28,14 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 @pytest.fixture
+def gpu() -> Device:
+    """CUDA, for the tests that are about it."""
+    if not has_cuda():
+        pytest.skip("built without CUDA")
+    return cuda()
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(2024)
 
