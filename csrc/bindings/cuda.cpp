@@ -84,7 +84,6 @@ void bind_cuda(py::module_& module) {
                              [](const CudaContext& ctx) { return ctx.cublaslt().version(); });
   module.def("upload_and_read_back", &upload_and_read_back, py::arg("ctx"), py::arg("arrays"),
              py::arg("num_threads"));
-  bind_cuda_sampling(module);
 }
 
 #else

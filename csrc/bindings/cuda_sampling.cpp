@@ -173,4 +173,13 @@ void bind_cuda_sampling(py::module_& module) {
 }
 
 }  // namespace tinyvllm
+
+#else
+
+namespace tinyvllm {
+
+void bind_cuda_sampling(pybind11::module_& /*module*/) {}
+
+}  // namespace tinyvllm
+
 #endif
