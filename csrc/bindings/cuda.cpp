@@ -1,11 +1,11 @@
 // tinyvllm._core.CudaContext, and what this build knows of CUDA.
+#include <filesystem>
+
 #include "bindings/bindings.h"
 
 #if defined(TINYVLLM_HAS_CUDA)
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
-
-#include <filesystem>
 
 #include "cuda/context.h"
 #include "cuda/cublaslt.h"
@@ -27,8 +27,6 @@ const char* cuda_build() {
 #endif
 }
 
-#if defined(TINYVLLM_HAS_CUDA)
-
 std::vector<std::string> cuda_library_directories() {
   std::vector<std::string> directories;
   for (const py::handle entry : py::module_::import("sys").attr("path")) {
@@ -41,6 +39,7 @@ std::vector<std::string> cuda_library_directories() {
   return directories;
 }
 
+#if defined(TINYVLLM_HAS_CUDA)
 namespace {
 
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
@@ -71,8 +70,8 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_build", &cuda_build, "\"gpu\", \"emulated\" or \"none\".");
   py::class_<CudaContext>(module, "CudaContext", "A GPU for the ops, or the emulator of one.")
       .def(py::init([](int device, bool batch_invariant) {
-             auto ctx = std::make_unique<CudaContext>(device, batch_invariant,
-                                                      cuda_library_directories());
+             auto ctx =
+                 std::make_unique<CudaContext>(device, batch_invariant, cuda_library_directories());
              constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // for the shapes of tests
              ctx->reserve_workspace(kWorkspace);
              return ctx;

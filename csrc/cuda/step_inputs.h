@@ -46,8 +46,9 @@ class StepInputs {
     const std::size_t first = (used_ + 15) / 16 * 16;
     used_ = first + static_cast<std::size_t>(count) * sizeof(T);
     if (used_ > device_.size()) {
-      throw Error("The arrays of a step take " + std::to_string(used_) + " bytes, there is room for " +
-                  std::to_string(device_.size()) + " (" + purpose_ + ").");
+      throw Error("The arrays of a step take " + std::to_string(used_) +
+                  " bytes, there is room for " + std::to_string(device_.size()) + " (" + purpose_ +
+                  ").");
     }
     return {reinterpret_cast<T*>(host_base_ + first), reinterpret_cast<T*>(device_.data() + first)};
   }

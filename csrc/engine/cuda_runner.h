@@ -20,9 +20,9 @@
 #include "cuda/context.h"
 #include "cuda/graph.h"
 #include "cuda/memory.h"
+#include "cuda/step_inputs.h"
 #include "cuda/stream.h"
 #include "engine/runner.h"
-#include "cuda/step_inputs.h"
 #include "model/transformer.h"
 #include "ops/sample.h"
 
@@ -30,12 +30,12 @@ namespace tinyvllm {
 
 struct CudaOptions {
   DType compute;
-  std::int64_t max_tokens, max_draws;     // of a step
-  std::int64_t max_model_len;             // of a sequence
-  std::int64_t block_size;                // of the KV cache
-  double memory_utilization = 0.9;        // of the card's memory, for everything together
-  bool eager = false;                     // no graphs
-  bool batch_invariant = false;           // the same bits in any batch: every token as a chunk
+  std::int64_t max_tokens, max_draws;  // of a step
+  std::int64_t max_model_len;          // of a sequence
+  std::int64_t block_size;             // of the KV cache
+  double memory_utilization = 0.9;     // of the card's memory, for everything together
+  bool eager = false;                  // no graphs
+  bool batch_invariant = false;        // the same bits in any batch: every token as a chunk
   std::vector<std::string> library_directories;  // where cuBLASLt is looked for first
 };
 
@@ -58,7 +58,7 @@ class CudaRunner : public Runner {
   // The batch of a step on the device, and how many rows of it have logits.
   struct DeviceBatch {
     Batch<CudaSequences> batch;
-    std::int32_t* tokens;  // those of the batch, where unknown ones are filled in
+    std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
     const std::int32_t* sources;  // of each token: a draw of the step before, or -1
     const std::int32_t* table_entries;
     const std::int32_t* table_starts;
@@ -88,7 +88,6 @@ class CudaRunner : public Runner {
   void compute_as_graph(const DeviceBatch& batch);
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
   void draw(const StepPlan& plan, InFlight& step);
-  std::vector<LogitEdit> edits_of(const Draw& draw, std::int32_t logits_row) const;
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
   void make_room(LogprobBuffers& buffers, std::int64_t rows);
   std::int32_t* device_tokens() const { return results_.as<std::int32_t>(); }
@@ -109,9 +108,10 @@ class CudaRunner : public Runner {
   std::map<std::int64_t, cuda::Graph> graphs_;  // by the padded number of sequences
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
-  MutTensorView logits_{};                  // of the step that was launched last
-  std::vector<std::int32_t> device_rows_;   // of each row of its plan
-  std::vector<std::int32_t> logits_index_;  // of each row of the device: where its logits are, or -1
+  MutTensorView logits_{};                 // of the step that was launched last
+  std::vector<std::int32_t> device_rows_;  // of each row of its plan
+  std::vector<std::int32_t>
+      logits_index_;  // of each row of the device: where its logits are, or -1
 };
 
 }  // namespace tinyvllm

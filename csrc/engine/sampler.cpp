@@ -59,8 +59,8 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
 std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
   std::vector<std::int32_t> kept;
   const float maximum = *std::max_element(logits.begin(), logits.end());
-  const float lowest = params.min_p > 0 ? maximum + log_min_p(params)
-                                        : std::numeric_limits<float>::lowest();
+  const float lowest =
+      params.min_p > 0 ? maximum + log_min_p(params) : std::numeric_limits<float>::lowest();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     if (logits[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
   }
@@ -147,7 +147,8 @@ DrawOrigin::DrawOrigin(const Sequence& sequence)
 std::string DrawOrigin::not_finite() const {
   return "Request " + std::to_string(request) + ": a logit at position " +
          std::to_string(position) +
-         " is not a finite number. The weights are damaged, or too large for their dtype; try dtype "
+         " is not a finite number. The weights are damaged, or too large for their dtype; try "
+         "dtype "
          "float32.";
 }
 
