@@ -11,10 +11,12 @@
 
 namespace tinyvllm {
 
-// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k]
+// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or out[m, n] += the same
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
-// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch.
+// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch. The
+// rows of x are used where they lie; where they lie a multiple of 4 KiB apart they compete for the
+// same lines of the L1 cache, which costs some speed.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart
@@ -24,6 +26,7 @@ struct MatmulShare {
   float* out;         // [num_rows, num_outputs], rows out_stride elements apart
   std::int64_t out_stride;
   std::int64_t num_rows, num_outputs, depth;
+  bool accumulate;  // out += rather than out =
 };
 
 // Attention of the query heads of one KV head at one token.
