@@ -14,6 +14,7 @@
 #include "base/host.h"
 #include "bindings/bindings.h"
 #include "engine/philox.h"
+#include "model/transformer.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -152,19 +153,18 @@ py::dict snapshot_of(const Engine& engine) {
 }
 
 py::dict info_of(const Engine& engine) {
-  const Weights& weights = engine.model().weights();
-  const KvShape one_block = engine.model().kv_shape(1, engine.block_size());
+  const RunnerInfo runner = engine.runner().info();
+  const ModelConfig& model = engine.checkpoint().config();
+  const KvShape& kv = engine.kv_shape();
   return py::dict(
-      "device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
-      "num_threads"_a = engine.context().num_threads(),
-      "dtype"_a = std::string(name_of(weights.compute)),
+      "device"_a = runner.device, "isa"_a = runner.isa, "num_threads"_a = runner.num_threads,
+      "dtype"_a = std::string(name_of(runner.compute)),
       "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
-      "copied_weight_bytes"_a = weights.copied_bytes,
-      "vocab_size"_a = engine.model().config().vocab_size,
-      "model_max_position_embeddings"_a = engine.model().config().max_position_embeddings,
+      "copied_weight_bytes"_a = runner.copied_weight_bytes, "vocab_size"_a = model.vocab_size,
+      "model_max_position_embeddings"_a = model.max_position_embeddings,
       "max_model_len"_a = engine.max_model_len(),
-      "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
-      "kv_cache_bytes_per_token"_a = one_block.bytes_per_block() / engine.block_size(),
+      "kv_cache_tokens"_a = kv.num_blocks * kv.block_size,
+      "kv_cache_bytes_per_token"_a = kv.bytes_per_block() / kv.block_size,
       "warnings"_a = engine.warnings());
 }
 
@@ -296,9 +296,16 @@ class Model {
     float* target = out.mutable_data();
     const py::gil_scoped_release release;
     const std::int64_t chunk = chunk_size == 0 ? total : std::min(chunk_size, total);
-    Transformer model(ctx_, checkpoint_, dtype_, chunk, chunk);
+    const ModelConfig& config = checkpoint_.config();
+    Transformer<CpuContext> model(ctx_, config, load_weights(ctx_, checkpoint_, dtype_), chunk,
+                                  chunk);
     const std::int64_t num_blocks = (total + block_size_ - 1) / block_size_;
-    const KvCache kv(model.kv_shape(num_blocks, block_size_));
+    const KvCache kv = make_kv_cache(ctx_, {.num_layers = config.num_layers,
+                                            .num_blocks = num_blocks,
+                                            .block_size = block_size_,
+                                            .num_kv_heads = config.num_kv_heads,
+                                            .head_dim = config.head_dim,
+                                            .dtype = dtype_});
     std::vector<std::int32_t> table;  // backwards, so that a mixed-up block table shows
     for (std::int64_t block = num_blocks; block-- > 0;) {
       table.push_back(static_cast<std::int32_t>(block));
@@ -315,11 +322,12 @@ class Model {
         slots.push_back(block * block_size_ + position % block_size_);
       }
       const BatchSequence sequence{0, count, first, table.data()};
-      model.forward({.tokens = tokens.subspan(static_cast<std::size_t>(first),
-                                              static_cast<std::size_t>(count)),
-                     .positions = positions,
-                     .slots = slots,
-                     .sequences = {&sequence, 1}},
+      model.forward(Batch<std::span<const BatchSequence>>{.tokens = tokens.subspan(
+                                                              static_cast<std::size_t>(first),
+                                                              static_cast<std::size_t>(count)),
+                                                          .positions = positions,
+                                                          .slots = slots,
+                                                          .sequences = {&sequence, 1}},
                     kv);
       const MutTensorView result = model.logits(rows);
       std::copy_n(result.row<float>(0), count * vocab, target + first * vocab);

@@ -16,6 +16,7 @@
 #include "model/rope_frequencies.h"
 #include "ops/gather_rows.h"
 #include "ops/matmul.h"
+#include "ops/norm_matmul.h"
 #include "ops/paged_attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -104,23 +105,9 @@ py::array bind_rms_norm(const CpuContext& ctx, const py::array& x, const Floats&
   return out;
 }
 
-// Returns (new residual, normalized).
-py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const py::array& x,
-                            const Floats& weight, float eps, const std::string& dtype) {
-  const Floats sum(py::array(residual).attr("copy")());
-  const MutTensorView target = view(sum);
-  const MutTensorView source = float_view(x);
-  if (weight.size() != target.cols || source.rows != target.rows || source.cols != target.cols) {
-    refuse("shapes do not fit");
-  }
-  py::array out = make(named(dtype), target.rows, target.cols);
-  add_rms_norm(ctx, target, source, weight.data(), eps, view(out));
-  return py::make_tuple(sum, out);
-}
-
-py::array bind_matmul(const CpuContext& ctx, const py::array& x,
-                      const std::vector<py::array>& blocks,
-                      const std::vector<std::optional<Floats>>& biases) {
+// One to three row blocks [rows, depth], each with its bias or none.
+Weight weight_of(const std::vector<py::array>& blocks,
+                 const std::vector<std::optional<Floats>>& biases) {
   Weight weight;
   if (blocks.empty() || blocks.size() > weight.blocks.size())
     refuse("give one to three row blocks");
@@ -136,8 +123,51 @@ py::array bind_matmul(const CpuContext& ctx, const py::array& x,
     if (bias != nullptr && biases[i]->size() != block.rows) refuse("a bias has another length");
     weight.blocks[i] = {block.data, block.rows, bias};
   }
+  return weight;
+}
+
+py::array bind_matmul(const CpuContext& ctx, const py::array& x,
+                      const std::vector<py::array>& blocks,
+                      const std::vector<std::optional<Floats>>& biases) {
+  const Weight weight = weight_of(blocks, biases);
   py::array out = make(DType::kFloat32, view(x).rows, weight.outputs());
   matmul(ctx, view(x), weight, view(out));
+  return out;
+}
+
+// Returns the new residual.
+py::array bind_matmul_add(const CpuContext& ctx, const py::array& x,
+                          const std::vector<py::array>& blocks, const Floats& residual,
+                          const std::vector<std::optional<Floats>>& biases) {
+  py::array sum = py::array(residual).attr("copy")();
+  matmul_add(ctx, view(x), weight_of(blocks, biases), view(sum));
+  return sum;
+}
+
+// `dtype`: of the rows that enter the product.
+py::array bind_norm_matmul(const CpuContext& ctx, const py::array& x, const Floats& norm, float eps,
+                           const std::vector<py::array>& blocks, const std::string& dtype,
+                           const std::vector<std::optional<Floats>>& biases) {
+  const MutTensorView source = float_view(x);
+  const Weight weight = weight_of(blocks, biases);
+  if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
+  const py::array normalized = make(named(dtype), source.rows, source.cols);
+  py::array out = make(DType::kFloat32, source.rows, weight.outputs());
+  norm_matmul(ctx, source, norm.data(), eps, weight, view(normalized), view(out));
+  return out;
+}
+
+py::array bind_norm_swiglu(const CpuContext& ctx, const py::array& x, const Floats& norm, float eps,
+                           const std::vector<py::array>& blocks, const std::string& dtype,
+                           const std::vector<std::optional<Floats>>& biases) {
+  const MutTensorView source = float_view(x);
+  const Weight weight = weight_of(blocks, biases);
+  if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
+  if (weight.outputs() % 2 != 0) refuse("the weight has an odd number of rows");
+  const py::array normalized = make(named(dtype), source.rows, source.cols);
+  const py::array gate_up = make(DType::kFloat32, source.rows, weight.outputs());
+  py::array out = make(named(dtype), source.rows, weight.outputs() / 2);
+  norm_swiglu(ctx, source, norm.data(), eps, weight, view(normalized), view(gate_up), view(out));
   return out;
 }
 
@@ -253,9 +283,15 @@ void bind_ops(py::module_& module) {
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
   ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"),
           py::arg("eps"), py::arg("dtype") = "float32");
-  ops.def("add_rms_norm", &bind_add_rms_norm, py::arg("ctx"), py::arg("residual"), py::arg("x"),
-          py::arg("weight"), py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
+          py::arg("biases") = std::vector<std::optional<Floats>>());
+  ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
+          py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>());
+  ops.def("norm_matmul", &bind_norm_matmul, py::arg("ctx"), py::arg("x"), py::arg("norm"),
+          py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
+          py::arg("biases") = std::vector<std::optional<Floats>>());
+  ops.def("norm_swiglu", &bind_norm_swiglu, py::arg("ctx"), py::arg("x"), py::arg("norm"),
+          py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
           py::arg("biases") = std::vector<std::optional<Floats>>());
   ops.def("silu_mul", &bind_silu_mul, py::arg("ctx"), py::arg("gate_up"),
           py::arg("dtype") = "float32");

@@ -1,8 +1,11 @@
 // What every op on the CPU gets first: the threads to use and the kernels of this CPU.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
+#include "base/dtype.h"
+#include "base/memory.h"
 #include "base/thread_pool.h"
 #include "ops/cpu/kernels.h"
 
@@ -16,6 +19,13 @@ class CpuContext {
 
   int num_threads() const { return pool_.num_threads(); }
   const Kernels& kernels() const { return *kernels_; }
+
+  // Memory for activations: reserved here, taken from the system when first used. Throws
+  // CapacityError.
+  Memory allocate(std::size_t bytes) const;
+
+  // What matmul writes where its result is neither logits nor added to the residual stream.
+  DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }
 
   // See ThreadPool::parallel_for.
   template <typename F>

@@ -28,7 +28,7 @@ Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs) {
 
 template <typename X, typename W>
 void matmul_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                   void (*kernel)(const MatmulShare<X, W>&)) {
+                   bool accumulate, void (*kernel)(const MatmulShare<X, W>&)) {
   const std::int64_t by_bytes =
       kStripBytes / (weight.depth * static_cast<std::int64_t>(sizeof(W)) + 1);
   const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
@@ -53,16 +53,15 @@ void matmul_strips(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
                              .bias = block.bias == nullptr ? nullptr : block.bias + n,
                              .out = out.row<float>(0) + first_output + n,
                              .out_stride = out.row_stride,
+                             .accumulate = accumulate,
                              .num_rows = x.rows,
                              .num_outputs = std::min(strips[i].outputs, block.rows - n),
-                             .depth = weight.depth,
-                             .accumulate = false});
+                             .depth = weight.depth});
                    });
 }
 
-}  // namespace
-
-void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+              bool accumulate) {
   if (x.cols != weight.depth || out.cols != weight.outputs() || out.rows != x.rows ||
       out.dtype != DType::kFloat32) {
     throw Error("matmul: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
@@ -73,16 +72,26 @@ void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensor
   }
   const Kernels& kernels = ctx.kernels();
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    matmul_strips<BFloat16, BFloat16>(ctx, x, weight, out, kernels.matmul_bf16_bf16);
+    matmul_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    matmul_strips<float, BFloat16>(ctx, x, weight, out, kernels.matmul_f32_bf16);
+    matmul_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    matmul_strips<float, float>(ctx, x, weight, out, kernels.matmul_f32_f32);
+    matmul_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32);
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +
                 " is not a supported pair of dtypes; convert one of them.");
   }
+}
+
+}  // namespace
+
+void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+  multiply(ctx, x, weight, out, false);
+}
+
+void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
+  multiply(ctx, x, weight, residual, true);
 }
 
 }  // namespace tinyvllm

@@ -150,21 +150,40 @@ class _Ops:
         ctx: CpuContext, x: Floats, weight: Floats, eps: float, dtype: str = "float32"
     ) -> Tensor: ...
     @staticmethod
-    def add_rms_norm(
-        ctx: CpuContext,
-        residual: Floats,
-        x: Floats,
-        weight: Floats,
-        eps: float,
-        dtype: str = "float32",
-    ) -> tuple[Floats, Tensor]: ...
-    @staticmethod
     def matmul(
         ctx: CpuContext,
         x: Tensor,
         blocks: Sequence[Tensor],
         biases: Sequence[Floats | None] = [],
     ) -> Floats: ...
+    @staticmethod
+    def matmul_add(
+        ctx: CpuContext,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        residual: Floats,
+        biases: Sequence[Floats | None] = [],
+    ) -> Floats: ...
+    @staticmethod
+    def norm_matmul(
+        ctx: CpuContext,
+        x: Floats,
+        norm: Floats,
+        eps: float,
+        blocks: Sequence[Tensor],
+        dtype: str = "float32",
+        biases: Sequence[Floats | None] = [],
+    ) -> Floats: ...
+    @staticmethod
+    def norm_swiglu(
+        ctx: CpuContext,
+        x: Floats,
+        norm: Floats,
+        eps: float,
+        blocks: Sequence[Tensor],
+        dtype: str = "float32",
+        biases: Sequence[Floats | None] = [],
+    ) -> Tensor: ...
     @staticmethod
     def silu_mul(ctx: CpuContext, gate_up: Floats, dtype: str = "float32") -> Tensor: ...
     @staticmethod

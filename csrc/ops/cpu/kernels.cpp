@@ -20,7 +20,6 @@ const Kernels kKernels = {
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,
     .rms_norm = &rms_norm,
-    .add = &add,
     .silu_mul = &silu_mul,
     .to_bfloat16 = &convert_to_bfloat16,
     .to_float = &convert_to_float,

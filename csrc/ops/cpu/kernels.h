@@ -11,7 +11,7 @@
 
 namespace tinyvllm {
 
-// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or out[m, n] += the same
+// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or += where `accumulate` says so.
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
 // whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch. The
@@ -25,8 +25,8 @@ struct MatmulShare {
   const float* bias;  // [num_outputs], or null
   float* out;         // [num_rows, num_outputs], rows out_stride elements apart
   std::int64_t out_stride;
+  bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
-  bool accumulate;  // out += rather than out =
 };
 
 // Attention of the query heads of one KV head at one token.
@@ -56,8 +56,6 @@ struct Kernels {
 
   // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t size, float* out);
-  // x[i] += y[i]
-  void (*add)(float* x, const float* y, std::int64_t size);
   // out[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(const float* gate, const float* up, std::int64_t size, float* out);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
