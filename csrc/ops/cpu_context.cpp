@@ -58,4 +58,16 @@ CpuContext::CpuContext(int num_threads, const std::string& isa)
     : kernels_(&choose_kernels(isa)),
       pool_(num_threads == 0 ? default_num_threads() : num_threads) {}
 
+std::byte* CpuContext::scratch(std::size_t bytes) const {
+  constexpr std::size_t kAlignment = 64;
+  if (bytes > scratch_bytes_) {
+    scratch_.reset();
+    scratch_ = std::make_unique_for_overwrite<std::byte[]>(bytes + kAlignment);
+    scratch_bytes_ = bytes;
+  }
+  void* start = scratch_.get();
+  std::size_t space = scratch_bytes_ + kAlignment;
+  return static_cast<std::byte*>(std::align(kAlignment, scratch_bytes_, start, space));
+}
+
 }  // namespace tinyvllm
