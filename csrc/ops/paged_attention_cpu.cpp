@@ -11,17 +11,24 @@ namespace {
 // Rows (a token times a query head of the group) that share the panels of a tile of keys and
 // values. More of them cost less packing, and outgrow the L1 cache.
 constexpr std::int64_t kRows = 64;
+// KV heads that a share takes together where they have few rows: their panels stay in the L2 cache.
+constexpr std::int64_t kHeads = 8;
+// Items that each thread should find, so that all end at about the same time.
+constexpr std::int64_t kItemsPerThread = 4;
 
-// Successive tokens of a sequence that go through the context together, for each KV head. Where
-// the batch has too few of them for the threads, the splits of one are shared out as well.
+// Successive tokens of a sequence that go through the context together. The tile's work is cut into
+// items: groups of KV heads and, where a batch has few tiles, its splits.
 struct Tile {
   const BatchSequence* sequence;
   std::int64_t token, num_tokens;  // of the sequence's in this batch
   std::int64_t first_split, num_splits;
-  bool is_spread;            // an item for each split, not one for all
-  std::int64_t first_item;   // of the tile's num_kv_heads (x num_splits) items
-  std::int64_t first_state;  // where it is spread: of its states [kv_head][split]
+  std::int64_t heads;        // of an item
+  bool is_spread;            // an item has one split, not all of them
+  std::int64_t first_item;   // of the batch's
+  std::int64_t first_state;  // floats; where it is spread: of its states [head group][split]
 };
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <typename Kv>
 class PagedAttention {
@@ -32,87 +39,99 @@ class PagedAttention {
       : ctx_(ctx),
         q_(q),
         kv_(kv),
-        group_(num_heads / kv.shape.num_kv_heads),
+        kv_heads_(kv.shape.num_kv_heads),
+        group_(num_heads / kv_heads_),
         window_(window),
         scale_(scale),
         out_(out),
         kernel_(kernel),
-        tile_tokens_(std::max<std::int64_t>(1, kRows / group_)),
-        state_size_(AttentionState::size(tile_tokens_ * group_, kv.shape.head_dim)),
-        scratch_size_(attention_scratch_size(tile_tokens_ * group_, kv.shape.head_dim)) {}
+        tile_tokens_(std::max<std::int64_t>(1, kRows / group_)) {
+    const std::int64_t rows = std::max(kRows, group_), heads = std::min(kHeads, kv_heads_);
+    state_size_ = padded(AttentionState::size(rows, kv.shape.head_dim));
+    scratch_size_ = padded(attention_scratch_size(heads, rows, kv.shape.head_dim));
+  }
 
   void run(std::span<const BatchSequence> sequences) {
-    const std::int64_t heads = kv_.shape.num_kv_heads;
-    std::int64_t num_tiles = 0, num_splits = 0;
+    std::int64_t num_tiles = 0, work = 0;  // in splits of one KV head
     for_each_tile(sequences, [&](const Tile& tile) {
       ++num_tiles;
-      num_splits += tile.num_splits * heads;
+      work += tile.num_splits * kv_heads_;
     });
-    // Splits are shared out where a tile's take longer than a small part of a thread's work.
-    const auto is_spread = [&](const Tile& tile) {
-      return tile.num_splits > 1 && tile.num_splits * 8 * ctx_.num_threads() > num_splits;
-    };
-    std::int64_t num_states = 0;
-    for_each_tile(sequences, [&](const Tile& tile) {
-      if (is_spread(tile)) num_states += tile.num_splits * heads;
-    });
-
-    const auto floats = static_cast<std::size_t>(ctx_.num_threads() * worker_size() +
-                                                 num_states * padded(state_size_));
-    std::byte* memory =
-        ctx_.scratch(floats * sizeof(float) + static_cast<std::size_t>(num_tiles) * sizeof(Tile));
-    workers_ = reinterpret_cast<float*>(memory);
-    states_ = workers_ + ctx_.num_threads() * worker_size();
-    Tile* tiles = reinterpret_cast<Tile*>(memory + floats * sizeof(float));
-    std::int64_t num_items = 0, state = 0, index = 0;
-    for_each_tile(sequences, [&](Tile tile) {
-      tile.is_spread = is_spread(tile);
+    // Work that one item may have.
+    const std::int64_t most = std::max<std::int64_t>(1, work / (kItemsPerThread * num_threads()));
+    std::int64_t num_items = 0, state_floats = 0;
+    const auto cut = [&](Tile& tile) {
+      const std::int64_t heads_by_rows = kRows / (tile.num_tokens * group_);
+      tile.is_spread = tile.num_splits > 1 && tile.num_splits * kHeads > most;
+      tile.heads = std::min({kHeads, kv_heads_, heads_by_rows,
+                             most / (tile.is_spread ? 1 : tile.num_splits)});
+      tile.heads = std::max<std::int64_t>(1, tile.heads);
+      const std::int64_t head_groups = ceil_div(kv_heads_, tile.heads);
       tile.first_item = num_items;
-      tile.first_state = state;
-      num_items += heads * (tile.is_spread ? tile.num_splits : 1);
-      if (tile.is_spread) state += heads * tile.num_splits;
-      new (tiles + index++) Tile(tile);
+      tile.first_state = state_floats;
+      num_items += head_groups * (tile.is_spread ? tile.num_splits : 1);
+      if (tile.is_spread) state_floats += head_groups * tile.num_splits * state_size_;
+    };
+    for_each_tile(sequences, cut);
+
+    const std::int64_t floats = num_threads() * worker_size() + state_floats;
+    const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
+    std::byte* memory = ctx_.scratch(bytes + static_cast<std::size_t>(num_tiles) * sizeof(Tile));
+    workers_ = reinterpret_cast<float*>(memory);
+    states_ = workers_ + num_threads() * worker_size();
+    tiles_ = reinterpret_cast<Tile*>(memory + bytes);
+    num_items = state_floats = num_tiles = 0;
+    for_each_tile(sequences, [&](Tile& tile) {
+      cut(tile);
+      new (tiles_ + num_tiles++) Tile(tile);
     });
 
     ctx_.parallel_for(num_items, [&](std::int64_t item, int worker) {
-      const Tile& tile = *(std::upper_bound(tiles, tiles + num_tiles, item,
-                                            [](std::int64_t value, const Tile& other) {
-                                              return value < other.first_item;
-                                            }) -
-                           1);
+      const auto begins_later = [](std::int64_t value, const Tile& other) {
+        return value < other.first_item;
+      };
+      const Tile& tile = *(std::upper_bound(tiles_, tiles_ + num_tiles, item, begins_later) - 1);
       item -= tile.first_item;
-      if (tile.is_spread) {
-        const std::int64_t split = item % tile.num_splits;
-        attend(tile, item / tile.num_splits, tile.first_split + split, worker,
-               state_of(tile, item));
+      if (tile.is_spread) {  // neighbours in memory after each other: all heads of a split
+        const std::int64_t head_groups = ceil_div(kv_heads_, tile.heads);
+        attend(tile, item % head_groups, item / head_groups, worker,
+               state_of(tile, item % head_groups, item / head_groups));
       } else {
         attend_all(tile, item, worker);
       }
     });
-    if (num_states == 0) return;
-    ctx_.parallel_for(num_tiles * heads, [&](std::int64_t item, int) {
-      const Tile& tile = tiles[item / heads];
-      if (tile.is_spread) merge(tile, item % heads);
+    if (state_floats == 0) return;
+    ctx_.parallel_for(num_tiles * kv_heads_, [&](std::int64_t item, int) {
+      const Tile& tile = tiles_[item / kv_heads_];
+      const std::int64_t head_group = item % kv_heads_;
+      if (tile.is_spread && head_group * tile.heads < kv_heads_) merge_all(tile, head_group);
     });
   }
 
  private:
-  static std::int64_t padded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
-  std::int64_t worker_size() const { return padded(scratch_size_) + 2 * padded(state_size_); }
+  static std::int64_t padded(std::int64_t floats) { return ceil_div(floats, 16) * 16; }
+  std::int64_t num_threads() const { return ctx_.num_threads(); }
+  std::int64_t worker_size() const { return scratch_size_ + 2 * state_size_; }
 
-  AttentionState state_at(const Tile& tile, float* memory) const {
-    return AttentionState::at(memory, tile.num_tokens * group_, kv_.shape.head_dim);
+  std::int64_t heads_of(const Tile& tile, std::int64_t head_group) const {
+    return std::min(tile.heads, kv_heads_ - head_group * tile.heads);
   }
-  AttentionState state_of(const Tile& tile, std::int64_t head_and_split) const {
-    return state_at(tile, states_ + (tile.first_state + head_and_split) * padded(state_size_));
+  std::int64_t rows_of(const Tile& tile, std::int64_t head_group) const {
+    return heads_of(tile, head_group) * tile.num_tokens * group_;
+  }
+  AttentionState state_at(const Tile& tile, std::int64_t head_group, float* memory) const {
+    return AttentionState::at(memory, rows_of(tile, head_group), kv_.shape.head_dim);
+  }
+  AttentionState state_of(const Tile& tile, std::int64_t head_group, std::int64_t split) const {
+    const std::int64_t index = head_group * tile.num_splits + split;
+    return state_at(tile, head_group, states_ + tile.first_state + index * state_size_);
   }
 
   // The last tile first, because later tokens see more.
   template <typename F>
   void for_each_tile(std::span<const BatchSequence> sequences, F&& f) const {
     for (auto sequence = sequences.rbegin(); sequence != sequences.rend(); ++sequence) {
-      const std::int64_t count = (sequence->num_tokens + tile_tokens_ - 1) / tile_tokens_;
-      for (std::int64_t i = count - 1; i >= 0; --i) {
+      for (std::int64_t i = ceil_div(sequence->num_tokens, tile_tokens_) - 1; i >= 0; --i) {
         Tile tile{};
         tile.sequence = &*sequence;
         tile.token = i * tile_tokens_;
@@ -127,9 +146,10 @@ class PagedAttention {
     }
   }
 
-  void attend(const Tile& tile, std::int64_t kv_head, std::int64_t split, int worker,
+  void attend(const Tile& tile, std::int64_t head_group, std::int64_t split, int worker,
               const AttentionState& state) const {
     const KvShape& shape = kv_.shape;
+    const std::int64_t kv_head = head_group * tile.heads;
     const std::int64_t head_offset = kv_head * shape.block_size * shape.head_dim;
     const float* query = q_.row<float>(tile.sequence->first_token + tile.token);
     kernel_({.query = query + kv_head * group_ * shape.head_dim,
@@ -140,44 +160,49 @@ class PagedAttention {
              .block_table = tile.sequence->block_table,
              .block_size = shape.block_size,
              .head_dim = shape.head_dim,
+             .num_heads = heads_of(tile, head_group),
              .group = group_,
              .num_tokens = tile.num_tokens,
              .first_position = tile.sequence->first_position + tile.token,
              .window = window_,
-             .split = split * kAttentionSplit,
+             .split = (tile.first_split + split) * kAttentionSplit,
              .scale = scale_,
              .scratch = workers_ + worker * worker_size(),
              .out = state});
   }
 
-  void attend_all(const Tile& tile, std::int64_t kv_head, int worker) const {
-    float* memory = workers_ + worker * worker_size() + padded(scratch_size_);
-    const AttentionState all = state_at(tile, memory);
-    const AttentionState one = state_at(tile, memory + padded(state_size_));
-    for (std::int64_t i = 0; i < tile.num_splits; ++i) {
-      attend(tile, kv_head, tile.first_split + i, worker, i == 0 ? all : one);
-      if (i > 0) add(tile, one, all);
+  void attend_all(const Tile& tile, std::int64_t head_group, int worker) const {
+    float* memory = workers_ + worker * worker_size() + scratch_size_;
+    const AttentionState all = state_at(tile, head_group, memory);
+    const AttentionState one = state_at(tile, head_group, memory + state_size_);
+    attend(tile, head_group, 0, worker, all);
+    for (std::int64_t split = 1; split < tile.num_splits; ++split) {
+      attend(tile, head_group, split, worker, one);
+      merge(tile, head_group, one, all);
     }
-    write(tile, kv_head, all);
+    write(tile, head_group, all);
   }
 
-  void merge(const Tile& tile, std::int64_t kv_head) const {
-    const AttentionState all = state_of(tile, kv_head * tile.num_splits);
-    for (std::int64_t i = 1; i < tile.num_splits; ++i) {
-      add(tile, state_of(tile, kv_head * tile.num_splits + i), all);
+  void merge_all(const Tile& tile, std::int64_t head_group) const {
+    const AttentionState all = state_of(tile, head_group, 0);
+    for (std::int64_t split = 1; split < tile.num_splits; ++split) {
+      merge(tile, head_group, state_of(tile, head_group, split), all);
     }
-    write(tile, kv_head, all);
+    write(tile, head_group, all);
   }
 
-  void add(const Tile& tile, const AttentionState& from, const AttentionState& into) const {
-    ctx_.kernels().attention_merge(into, from, tile.num_tokens * group_, kv_.shape.head_dim,
+  void merge(const Tile& tile, std::int64_t head_group, const AttentionState& from,
+             const AttentionState& into) const {
+    ctx_.kernels().attention_merge(into, from, rows_of(tile, head_group), kv_.shape.head_dim,
                                    scale_);
   }
 
-  void write(const Tile& tile, std::int64_t kv_head, const AttentionState& state) const {
-    const std::int64_t dim = kv_.shape.head_dim, first = tile.sequence->first_token + tile.token;
-    for (std::int64_t r = 0; r < tile.num_tokens * group_; ++r) {
-      const std::int64_t t = first + r / group_;
+  void write(const Tile& tile, std::int64_t head_group, const AttentionState& state) const {
+    const std::int64_t dim = kv_.shape.head_dim, head_rows = tile.num_tokens * group_;
+    for (std::int64_t r = 0; r < rows_of(tile, head_group); ++r) {
+      const std::int64_t kv_head = head_group * tile.heads + r / head_rows;
+      const std::int64_t t =
+          tile.sequence->first_token + tile.token + r / group_ % tile.num_tokens;
       const std::int64_t column = (kv_head * group_ + r % group_) * dim;
       float* sums = state.sums + r * attention_columns(dim);
       if (out_.dtype == DType::kFloat32) {
@@ -192,13 +217,15 @@ class PagedAttention {
   const CpuContext& ctx_;
   const TensorView q_;
   const KvLayer& kv_;
-  const std::int64_t group_, window_;
+  const std::int64_t kv_heads_, group_, window_;
   const float scale_;
   const MutTensorView out_;
   void (*const kernel_)(const AttentionShare<Kv>&);
-  const std::int64_t tile_tokens_, state_size_, scratch_size_;
-  float* workers_ = nullptr;  // for each thread: the kernel's scratch and two states
-  float* states_ = nullptr;   // of the tiles that are spread
+  const std::int64_t tile_tokens_;
+  std::int64_t state_size_, scratch_size_;  // in floats
+  float* workers_ = nullptr;                // for each thread: the kernel's scratch and two states
+  float* states_ = nullptr;                 // of the tiles that are spread
+  Tile* tiles_ = nullptr;
 };
 
 }  // namespace

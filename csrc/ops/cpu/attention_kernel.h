@@ -49,14 +49,16 @@ struct Products {
     for (int v = 0; v < kTileVectors; ++v) store(row + v * kLanes, weights[v]);
     return totals + sum;
   }
-  // The panel of the values [kTile][columns], of the positions first..last.
-  TINYVLLM_INLINE static void pack_values(const Kv* const (&rows)[kTile], std::int64_t first,
-                                          std::int64_t last, std::int64_t dim, std::int64_t columns,
-                                          float* panel) {
+  // The panel of the values [kTile][columns], at the positions first..last; that of j lies at
+  // values + offsets[j].
+  TINYVLLM_INLINE static void pack_values(const Kv* values, const std::int64_t* offsets,
+                                          std::int64_t first, std::int64_t last, std::int64_t dim,
+                                          std::int64_t columns, float* panel) {
     for (std::int64_t j = first; j <= last; ++j) {
+      const Kv* row = values + offsets[j];
       for (std::int64_t c = 0; c < dim; c += kLanes) {
         store(panel + j * columns + c,
-              c + kLanes <= dim ? load_row(rows[j] + c) : load_row(rows[j] + c, dim - c));
+              c + kLanes <= dim ? load_row(row + c) : load_row(row + c, dim - c));
       }
     }
   }
@@ -106,9 +108,9 @@ struct Products<BFloat16> {
     return totals;
   }
   // [kTile / 2][columns][2]: the values of two successive positions side by side.
-  TINYVLLM_INLINE static void pack_values(const BFloat16* const (&rows)[kTile], std::int64_t first,
-                                          std::int64_t last, std::int64_t dim, std::int64_t columns,
-                                          BFloat16* panel) {
+  TINYVLLM_INLINE static void pack_values(const BFloat16* values, const std::int64_t* offsets,
+                                          std::int64_t first, std::int64_t last, std::int64_t dim,
+                                          std::int64_t columns, BFloat16* panel) {
     alignas(64) std::uint16_t order[2][32];
     for (std::uint16_t i = 0; i < 16; ++i) {
       for (std::uint16_t half = 0; half < 2; ++half) {
@@ -117,15 +119,15 @@ struct Products<BFloat16> {
       }
     }
     const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-    const auto values = [&](std::int64_t j, std::int64_t c) {
+    const auto at = [&](std::int64_t j, std::int64_t c) {
       if (j < first || j > last) return _mm512_setzero_si512();
-      return _mm512_castps_si512(dim - c < kLoad ? load_row(rows[j] + c, dim - c)
-                                                 : load_row(rows[j] + c));
+      const BFloat16* p = values + offsets[j] + c;
+      return _mm512_castps_si512(dim - c < kLoad ? load_row(p, dim - c) : load_row(p));
     };
     for (std::int64_t j = first / 2 * 2; j <= last; j += 2) {
       BFloat16* out = panel + j * columns;
       for (std::int64_t c = 0; c < dim; c += kLoad) {
-        const __m512i left = values(j, c), right = values(j + 1, c);
+        const __m512i left = at(j, c), right = at(j + 1, c);
         _mm512_store_si512(out + 2 * c, _mm512_permutex2var_epi16(left, low, right));
         if (c + 16 < columns) {
           _mm512_store_si512(out + 2 * c + 32, _mm512_permutex2var_epi16(left, high, right));
@@ -217,7 +219,8 @@ class Attention {
   explicit Attention(const AttentionShare<Kv>& share)
       : share_(share),
         columns_(attention_columns(share.head_dim)),
-        rows_(share.num_tokens * share.group),
+        head_rows_(share.num_tokens * share.group),
+        rows_(share.num_heads * head_rows_),
         exponent_(share.scale * 1.44269504088896341f) {
     float* memory = share.scratch;
     const auto take = [&](std::int64_t size) {
@@ -225,8 +228,8 @@ class Attention {
       memory += size;
       return taken;
     };
-    keys_ = reinterpret_cast<Element*>(take(kTile * columns_));
-    values_ = reinterpret_cast<Element*>(take(kTile * columns_));
+    keys_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
+    values_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
     edge_ = reinterpret_cast<Element*>(take(columns_));
     query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
     scores_ = take(rows_ * kTile);
@@ -234,16 +237,16 @@ class Attention {
   }
 
   void run() {
-    const AttentionState& out = share_.out;
     for (std::int64_t r = 0; r < rows_; ++r) {
-      out.maximum[r] = kMinusInfinity;
+      share_.out.maximum[r] = kMinusInfinity;
       store(totals_ + r * kLanes, Float{});
       for (std::int64_t i = 0; i < columns_; i += kLanes) {
-        store(out.sums + r * columns_ + i, Float{});
+        store(share_.out.sums + r * columns_ + i, Float{});
       }
-      const float* query = share_.query + r / share_.group * share_.query_stride +
-                           r % share_.group * share_.head_dim;
-      P::store_query(query, share_.head_dim, query_ + r * columns_);
+      const std::int64_t head = r / head_rows_, token = r / share_.group % share_.num_tokens;
+      const float* query = share_.query + token * share_.query_stride;
+      P::store_query(query + (head * share_.group + r % share_.group) * share_.head_dim,
+                     share_.head_dim, query_ + r * columns_);
     }
     const std::int64_t end = share_.split + kAttentionSplit;
     const std::int64_t last = share_.first_position + share_.num_tokens - 1;
@@ -251,7 +254,7 @@ class Attention {
       attend_tile(tile);
     }
     for (std::int64_t r = 0; r < rows_; ++r) {
-      out.total[r] = horizontal_sum(load(totals_ + r * kLanes));
+      share_.out.total[r] = horizontal_sum(load(totals_ + r * kLanes));
     }
   }
 
@@ -276,40 +279,65 @@ class Attention {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
-    const Kv *key_rows[kTile], *value_rows[kTile];
-    locate(tile, any, key_rows, value_rows);
+    pack(tile, any);
+    const std::int64_t column = any.first / kLanes * kLanes;
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      const std::int64_t row = head * head_rows_;
+      product<P, true>(query_ + row * columns_, columns_,
+                       keys_ + (head * columns_ * kTile) + column * P::kPair, kTile * P::kPair,
+                       steps(), scores_ + row * kTile + column, kTile, head_rows_,
+                       any.last / kLanes + 1 - column / kLanes);
+      for (std::int64_t r = 0; r < head_rows_; ++r) {
+        const Range range = seen(r / share_.group, tile);
+        if (!range.empty()) weigh(row + r, range);
+      }
+      const Element* values = values_ + head * kTile * columns_;
+      if (oldest.all() && newest.all()) {
+        add_values(row, head_rows_, oldest, values);
+        continue;
+      }
+      for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
+        const Range range = seen(token, tile);
+        if (!range.empty()) {
+          add_values(row + token * share_.group, share_.group, range, values);
+        }
+      }
+    }
+  }
 
-    const std::int64_t vector = any.first / kLanes;
-    const std::int64_t num_vectors = any.last / kLanes + 1 - vector;
-    pack_keys(key_rows, any);
-    product<P, true>(query_, columns_, keys_ + vector * kLanes * P::kPair, kTile * P::kPair,
-                     (share_.head_dim + P::kPair - 1) / P::kPair, scores_ + vector * kLanes, kTile,
-                     rows_, num_vectors);
-    for (std::int64_t r = 0; r < rows_; ++r) {
-      const Range range = seen(r / share_.group, tile);
-      if (!range.empty()) weigh(r, range);
+  // Steps of k in a product with the keys.
+  std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
+
+  // Turns the keys and values of a tile into panels. It goes through them in the order in which
+  // they lie in memory, all heads of some slots together: memory gives half as much otherwise.
+  void pack(std::int64_t tile, Range range) {
+    std::int64_t offsets[kTile];  // of the first head's
+    locate(tile, range, offsets);
+    const std::int64_t head_stride = share_.block_size * share_.head_dim;
+    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
+      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+        pack_keys(share_.keys + head * head_stride, offsets, j, range,
+                  keys_ + head * kTile * columns_);
+      }
     }
-    P::pack_values(value_rows, any.first, any.last, share_.head_dim, columns_, values_);
-    if (oldest.all() && newest.all()) {
-      add_values(0, rows_, oldest);
-      return;
-    }
-    for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
-      const Range range = seen(token, tile);
-      if (!range.empty()) add_values(token * share_.group, share_.group, range);
+    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
+      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+        P::pack_values(share_.values + head * head_stride, offsets,
+                       j > range.first ? j : range.first,
+                       j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last, share_.head_dim,
+                       columns_, values_ + head * kTile * columns_);
+      }
     }
   }
 
   // Where the keys and values of the tile's positions lie.
-  void locate(std::int64_t tile, Range range, const Kv* (&keys)[kTile],
-              const Kv* (&values)[kTile]) const {
+  void locate(std::int64_t tile, Range range, std::int64_t (&offsets)[kTile]) const {
     const std::int64_t position = tile + range.first;
     const std::int32_t* block = share_.block_table + position / share_.block_size;
     std::int64_t slot = position % share_.block_size;
     std::int64_t offset = *block * share_.block_stride + slot * share_.head_dim;
     for (std::int64_t j = range.first;; ++j) {
-      keys[j] = share_.keys + offset;
-      values[j] = share_.values + offset;
+      offsets[j] = offset;
       if (j == range.last) return;
       offset += share_.head_dim;
       if (++slot == share_.block_size) {
@@ -319,32 +347,31 @@ class Attention {
     }
   }
 
-  // The panel of the keys [head_dim / kPair][kTile][kPair], in the vectors that have any.
-  void pack_keys(const Kv* const (&rows)[kTile], Range range) {
-    const std::int64_t steps = (share_.head_dim + P::kPair - 1) / P::kPair;
-    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-      const bool whole = j >= range.first && j + kLanes - 1 <= range.last;
-      for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
-        const std::int64_t left = share_.head_dim - c;
-        Float part[kLanes];
-        if (whole && left >= P::kLoad) {
+  // The panel [head_dim / kPair][kTile][kPair] of one head's keys, at the positions from j on that
+  // fill one vector.
+  void pack_keys(const Kv* keys, const std::int64_t (&offsets)[kTile], std::int64_t j, Range range,
+                 Element* panel) const {
+    const bool whole = j >= range.first && j + kLanes - 1 <= range.last;
+    for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
+      const std::int64_t left = share_.head_dim - c;
+      Float part[kLanes];
+      if (whole && left >= P::kLoad) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(rows[j + i] + c);
-        } else {
-          for (int i = 0; i < kLanes; ++i) {
-            part[i] = Float{};
-            if (j + i < range.first || j + i > range.last) continue;
-            part[i] =
-                left < P::kLoad ? P::load_row(rows[j + i] + c, left) : P::load_row(rows[j + i] + c);
-          }
-        }
-        transpose(part);
-        Element* out = keys_ + (c / P::kPair * kTile + j) * P::kPair;
-        const std::int64_t count = steps - c / P::kPair;
-#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
+      } else {
         for (int i = 0; i < kLanes; ++i) {
-          if (i < count) __builtin_memcpy(out + i * kTile * P::kPair, &part[i], sizeof(Float));
+          part[i] = Float{};
+          if (j + i < range.first || j + i > range.last) continue;
+          const Kv* row = keys + offsets[j + i] + c;
+          part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
         }
+      }
+      transpose(part);
+      Element* out = panel + (c / P::kPair * kTile + j) * P::kPair;
+      const std::int64_t count = steps() - c / P::kPair;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < count) __builtin_memcpy(out + i * kTile * P::kPair, &part[i], sizeof(Float));
       }
     }
   }
@@ -391,7 +418,7 @@ class Attention {
   }
 
   // sums[r] += weights[r] values, over the range only.
-  void add_values(std::int64_t r, std::int64_t rows, Range range) {
+  void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
     // Weights lie at the start of a row of scores, in the size of their type.
     const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
     constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
@@ -408,7 +435,7 @@ class Attention {
       const auto add_edge = [&](std::int64_t edge) {
         const bool left = 2 * edge >= range.first, right = 2 * edge + 1 <= range.last;
         for (std::int64_t i = 0; i < columns_; ++i) {
-          const BFloat16* pair = values_ + (edge * columns_ + i) * 2;
+          const BFloat16* pair = values + (edge * columns_ + i) * 2;
           edge_[2 * i] = left ? pair[0] : BFloat16{};
           edge_[2 * i + 1] = right ? pair[1] : BFloat16{};
         }
@@ -418,17 +445,19 @@ class Attention {
       const bool last_is_cut = range.last % 2 == 0 && !(first_is_cut && step == last);
       if (first_is_cut) add_edge(step++);
       if (last_is_cut) --last;
-      if (step <= last) add(step, last - step + 1, values_ + step * columns_ * 2);
+      if (step <= last) add(step, last - step + 1, values + step * columns_ * 2);
       if (last_is_cut) add_edge(last + 1);
     } else {
-      add(step, last - step + 1, values_ + step * columns_);
+      add(step, last - step + 1, values + step * columns_);
     }
   }
 
   const AttentionShare<Kv>& share_;
-  const std::int64_t columns_, rows_;
+  const std::int64_t columns_, head_rows_, rows_;
   const float exponent_;                      // turns a difference of scores into a power of 2
-  Element *keys_, *values_, *edge_, *query_;  // panels; edge_ is one step of values
+  Element *keys_, *values_;                   // a panel for each head
+  Element* edge_;                             // one step of a panel of values
+  Element* query_;                            // [rows, columns]
   float* scores_;                             // [rows, kTile], then the weights
   float* totals_;                             // [rows, kLanes]: lane by lane
 };

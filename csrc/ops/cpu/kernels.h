@@ -41,8 +41,8 @@ inline constexpr std::int64_t attention_columns(std::int64_t head_dim) {
   return (head_dim + 15) / 16 * 16;
 }
 
-// What an online softmax knows of some positions, for rows of queries (a token times a query head
-// of the group). A row that has seen none of them has the maximum -inf and the total 0.
+// What an online softmax knows of some positions, for rows of queries. A row that has seen none of
+// them has the maximum -inf and the total 0.
 struct AttentionState {
   float* sums;     // [rows, columns]  the weighted sum of the values
   float* maximum;  // [rows]           the largest score, before `scale`
@@ -57,28 +57,29 @@ struct AttentionState {
   }
 };
 
-// Attention of successive tokens of one sequence, for the query heads of one KV head, over the
-// positions of one split.
+// Attention of successive tokens of one sequence over the positions of one split, for some KV heads
+// and the group of query heads of each. Rows are [num_heads, num_tokens, group].
 template <typename Kv>
 struct AttentionShare {
-  const float* query;  // [num_tokens, group, head_dim], tokens query_stride elements apart
+  const float* query;  // [num_tokens, num_heads, group, head_dim], tokens query_stride apart
   std::int64_t query_stride;
-  const Kv* keys;             // [num_blocks, num_kv_heads, block_size, head_dim], at this KV head
-  const Kv* values;           // likewise
+  const Kv* keys;    // [num_blocks, num_kv_heads, block_size, head_dim], at the first of the heads
+  const Kv* values;  // likewise
   std::int64_t block_stride;  // elements from one block to the next
   const std::int32_t* block_table;
-  std::int64_t block_size, head_dim, group;
+  std::int64_t block_size, head_dim, num_heads, group;
   std::int64_t num_tokens, first_position;  // token i is at first_position + i
   std::int64_t window;                      // 0: none
   std::int64_t split;                       // the first position of the split
   float scale;
-  float* scratch;  // attention_scratch_size(rows, head_dim) floats aligned to 64 bytes
+  float* scratch;  // attention_scratch_size(...) floats aligned to 64 bytes
   AttentionState out;
 };
 
-constexpr std::int64_t attention_scratch_size(std::int64_t rows, std::int64_t head_dim) {
+constexpr std::int64_t attention_scratch_size(std::int64_t num_heads, std::int64_t rows,
+                                              std::int64_t head_dim) {
   const std::int64_t columns = attention_columns(head_dim);
-  return (2 * kAttentionTile + 1 + rows) * columns + rows * (kAttentionTile + 16);
+  return (2 * num_heads * kAttentionTile + 1 + rows) * columns + rows * (kAttentionTile + 16);
 }
 
 struct Kernels {
