@@ -433,25 +433,40 @@ def _opened(
 
     longest: tokens of the longest request, if that is known before the model is.
     """
+    from tinyvllm import _core
     from tinyvllm.cli.bench_cost import ModelCost
     from tinyvllm.cli.report import note, notes
+    from tinyvllm.llm import BUNDLED_MODEL
+    from tinyvllm.model_lookup import find_model
 
     quiet = options["quiet"]
     with ExitStack() as stack:
-        arguments = {**options}
         load_format = options["load_format"]
         shape = _shape(options["model"])
         if shape is not None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tinyvllm-")))
             (directory / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-            arguments["model"], load_format = str(directory), "dummy"
+            load_format = "dummy"
+        else:
+            directory = find_model(
+                options["model"] or str(BUNDLED_MODEL),
+                revision=options["revision"],
+                offline=options["offline"],
+                quiet=quiet,
+            )
         if load_format == "dummy":
-            _announce_dummy(arguments, quiet)
-        # A pool for what is asked, not for the longest context that the model knows.
-        asked = options["max_model_len"]
-        if longest is not None and asked is not None:
-            _require_room(longest, asked)
-        arguments["max_model_len"] = asked or longest
+            _announce_dummy(directory, quiet)
+        if longest is not None:
+            config = _core.parse_model_config(directory / "config.json")
+            own = config["max_position_embeddings"]
+            _require_room(longest, min(own, options["max_model_len"] or own))
+        arguments = {
+            **options,
+            "model": str(directory),
+            "revision": None,
+            # A pool for what is asked, not for the longest context that the model knows.
+            "max_model_len": options["max_model_len"] or longest,
+        }
         llm = stack.enter_context(
             open_llm(
                 arguments,
@@ -464,7 +479,7 @@ def _opened(
             )
         )
         if not quiet:
-            for line in notes(llm, options["max_model_len"] or longest):
+            for line in notes(llm, arguments["max_model_len"]):
                 note(line)
         model = {
             "model": options["model"] or "bundled",
@@ -483,22 +498,14 @@ def _shape(model: str | None) -> dict[str, object] | None:
     return NAMED_CONFIGS.get(model)
 
 
-def _announce_dummy(arguments: dict[str, Any], quiet: bool) -> None:
+def _announce_dummy(directory: Path, quiet: bool) -> None:
     """Says how much is written, and where; or that it does not fit there."""
     import shutil
 
     from tinyvllm.cli.report import note
     from tinyvllm.dummy import checkpoint_bytes
     from tinyvllm.generation_config import read_json
-    from tinyvllm.model_lookup import find_model
-    from tinyvllm.text_engine import BUNDLED_MODEL
 
-    directory = find_model(
-        arguments["model"] or str(BUNDLED_MODEL),
-        revision=arguments["revision"],
-        offline=arguments["offline"],
-        quiet=True,  # it is opened once more
-    )
     size = checkpoint_bytes(read_json(directory / "config.json"))
     place = tempfile.gettempdir()
     free = shutil.disk_usage(place).free
@@ -514,8 +521,8 @@ def _announce_dummy(arguments: dict[str, Any], quiet: bool) -> None:
 def _require_room(longest: int, limit: int) -> None:
     if longest > limit:
         raise InvalidRequestError(
-            f"the longest request has {longest} tokens of prompt and output, --max-model-len is "
-            f"{limit}. Ask for shorter ones."
+            f"the longest request has {longest} tokens of prompt and output, and there is room for "
+            f"{limit} (the model's own limit, or --max-model-len). Ask for shorter ones."
         )
 
 

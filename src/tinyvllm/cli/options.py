@@ -78,7 +78,7 @@ class Lengths(click.ParamType):
             end = Count().convert(last or first, param, ctx)
             factor = Count().convert(step, param, ctx) if sign == "*" else 1
             summand = Count().convert(step or 1, param, ctx) if sign != "*" else 0
-            if not 1 <= number <= end or factor + summand < 2 - (summand > 0):
+            if not 1 <= number <= end or (factor < 2 and summand < 1):
                 self.fail(f"{part!r} does not go up from a number of at least 1.", param, ctx)
             while number <= end:
                 numbers.append(number)
