@@ -17,7 +17,7 @@ import click
 from tinyvllm.cli.model_options import engine_options, model_options, open_llm
 from tinyvllm.cli.options import Command, Count, LengthRange, Lengths, option
 from tinyvllm.cli.terminal import Output, Stopped
-from tinyvllm.errors import CapacityError, InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError, TinyvllmError
 
 if TYPE_CHECKING:
     from tinyvllm.cli.bench_cost import ModelCost
@@ -529,10 +529,15 @@ def _require_room(longest: int, limit: int) -> None:
 def _limits(llm: LLM, options: dict[str, Any]) -> MachineLimits | None:
     if not options["limits"]:
         return None
+    from tinyvllm.cli.report import note
     from tinyvllm.limits import measure_limits
 
     info = llm.stats()
-    return measure_limits(info["device"], info["num_threads"])
+    try:
+        return measure_limits(info["device"], info["num_threads"])
+    except TinyvllmError as error:  # too little memory, a device that it cannot measure
+        note(f"without the machine's limits: {error}")
+        return None
 
 
 def _report(
