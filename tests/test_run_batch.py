@@ -298,11 +298,11 @@ def bundled() -> Iterable[LLM]:
         yield llm
 
 
-FIELDS = st.sampled_from(
-    sorted(SAMPLING_FIELDS)
-    + ["custom_id", "method", "url", "body", "prompt", "messages", "logprobs", "top_logprobs"]
-    + ["stream", "echo", "model", "chat_template_kwargs"]
-)
+OTHER_FIELDS = (
+    "custom_id", "method", "url", "body", "prompt", "messages", "logprobs", "top_logprobs",
+    "stream", "echo", "model", "chat_template_kwargs",
+)  # fmt: skip
+FIELDS = st.sampled_from([*sorted(SAMPLING_FIELDS), *OTHER_FIELDS])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["/v1/completions", "/v1/chat/completions", "user", "role", "content"]),
@@ -529,9 +529,9 @@ def test_a_signal_ends_the_wait_for_a_writer_that_does_not_write() -> None:
 
 
 def test_a_reader_that_goes_away_is_exit_141(model: str, tmp_path: Path) -> None:
+    source = endless(tmp_path / "in")
     process = subprocess.Popen(
-        [*COMMAND, "-m", model, "--max-num-seqs", "8", "-o", "-"]
-        + ["-i", str(endless(tmp_path / "in"))],
+        [*COMMAND, "-m", model, "-i", str(source), "-o", "-", "--max-num-seqs", "8"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
