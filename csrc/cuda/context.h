@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "base/dtype.h"
 #include "base/errors.h"
+#include "base/memory.h"
 
 struct CUstream_st;
 
@@ -31,12 +33,23 @@ class CudaContext {
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
 
+  // Whether this machine has a driver and a GPU that it shows.
+  static bool is_available();
+
+  const std::string& name() const;  // of the card
   CUstream_st* stream() const;
   int num_multiprocessors() const;
   int compute_capability() const;        // 90 for 9.0
   std::size_t max_shared_bytes() const;  // a block may ask for, opted in
   bool batch_invariant() const;
   const cuda::CublasLt& cublaslt() const;
+
+  // Device memory, aligned to 256, with anything in it. Throws CapacityError with the purpose, the
+  // bytes and what is free.
+  Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
+
+  // What matmul writes where its result is neither logits nor added to the residual stream.
+  DType product_dtype(DType compute) const { return compute; }
 
   // CUDA keeps the current device for each thread: a thread other than the one that made the context
   // calls this before it uses the context or allocates for it.

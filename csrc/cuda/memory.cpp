@@ -44,6 +44,11 @@ DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
   return *this;
 }
 
+Memory DeviceMemory::release() {
+  const auto free = [](void* memory, std::size_t) { cudaFree(memory); };
+  return {std::exchange(data_, nullptr), {free, std::exchange(size_, 0)}};
+}
+
 PinnedMemory::PinnedMemory(std::size_t bytes, const char* purpose) : size_(bytes) {
   if (bytes == 0) return;
   void* memory = nullptr;

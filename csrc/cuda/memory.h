@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/memory.h"
 #include "cuda/context.h"
 
 namespace tinyvllm::cuda {
@@ -30,6 +31,9 @@ class DeviceMemory {
   T* as() const {
     return reinterpret_cast<T*>(data_);
   }
+
+  // Hands it to an owner that does not know CUDA.
+  Memory release();
 
  private:
   std::byte* data_ = nullptr;

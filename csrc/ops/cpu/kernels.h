@@ -58,6 +58,12 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, std::int64_t size, float* out);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
+
+  // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
+  std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
+  // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
+  // operands [64]. Returns the number of floating-point operations and puts their sum into *result.
+  double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
 
 // Long contexts are cut at fixed absolute positions; each piece has an online softmax of its own,
