@@ -127,7 +127,7 @@ def test_what_will_not_fit_is_exit_4_with_the_report_on_stdout() -> None:
         (["--memory", "24G", "--max-model-len", "128K"], False, "left"),
         (["--memory", "80G"], True, "share"),
         (["--memory", "1000G", "--max-num-seqs", "4"], True, "sequences"),
-        (["--memory", "0"], False, "left"),
+        (["--memory", "15G"], False, "left"),
     ],
 )
 def test_the_kv_cache_gets_what_is_left_or_less(

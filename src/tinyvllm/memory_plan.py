@@ -1,6 +1,6 @@
 """What a model will take of memory, computed from its config and its tensors' headers alone.
 
-What a running engine keeps resident, in the terms of the files that decide it:
+What an engine on the CPU keeps resident, in the terms of the files that decide it:
 
     program       Python, the libraries and the tokenizer
     weights       csrc/model/weights.h: matrices are used where they lie in the mapped files, and
@@ -121,6 +121,7 @@ def make_plan(
 ) -> MemoryPlan:
     """config: as _core.parse_model_config gives it. memory, program: in bytes."""
     mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits.dtype)
+    copied += 4 * (config["head_dim"] // 2)  # the frequencies of the rotation
     activations = _activation_bytes(config, limits)
     bytes_per_token = (
         2
@@ -130,7 +131,7 @@ def make_plan(
         * _SIZES[limits.dtype]
     )
 
-    # As Engine::choose_num_blocks does it.
+    # As Engine::choose_num_blocks and CpuRunner::kv_cache_budget do it.
     bytes_per_block = bytes_per_token * BLOCK_SIZE
     own = config["max_position_embeddings"]
     longest = min(own, limits.max_model_len or own)
@@ -179,8 +180,8 @@ def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:
     q: int = config["num_heads"] * head_dim
     kv: int = config["num_kv_heads"] * head_dim
     compute = _SIZES[limits.dtype]
-    a_token = 4 * (2 * hidden + head_dim + q + 2 * kv + 2 * intermediate)
+    a_token = 4 * (hidden + head_dim + q + 2 * kv + 2 * intermediate)
     a_token += compute * (hidden + q + intermediate)
-    a_logit_row = 4 * (2 * hidden + vocab) + compute * hidden
+    a_logit_row = 4 * (hidden + vocab) + compute * hidden
     rows = max(limits.max_num_seqs, _PROMPT_LOGPROB_ROWS)
     return limits.max_num_batched_tokens * a_token + rows * a_logit_row
