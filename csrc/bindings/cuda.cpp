@@ -4,10 +4,13 @@
 #include "bindings/bindings.h"
 
 #if defined(TINYVLLM_HAS_CUDA)
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "cuda/context.h"
 #include "cuda/cublaslt.h"
+#include "cuda/memory.h"
+#include "cuda/upload.h"
 #endif
 
 namespace py = pybind11;
@@ -37,6 +40,31 @@ std::vector<std::string> cuda_library_directories() {
 }
 
 #if defined(TINYVLLM_HAS_CUDA)
+namespace {
+
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+
+// Each array on the device, and back from there.
+std::vector<Bytes> upload_and_read_back(const CudaContext& ctx, const std::vector<Bytes>& arrays,
+                                        int num_threads) {
+  std::vector<cuda::DeviceMemory> memory;
+  std::vector<cuda::Upload> pieces;
+  for (const Bytes& array : arrays) {
+    const auto bytes = static_cast<std::size_t>(array.size());
+    memory.emplace_back(bytes, "a test");
+    pieces.push_back({memory.back().data(), array.data(), bytes});
+  }
+  cuda::upload(ctx, pieces, num_threads);
+  std::vector<Bytes> result;
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    result.emplace_back(arrays[i].size());
+    cuda::copy_to_host(ctx, result.back().mutable_data(), pieces[i].device, pieces[i].bytes);
+  }
+  ctx.synchronize();
+  return result;
+}
+
+}  // namespace
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_build", &cuda_build, "\"gpu\", \"emulated\" or \"none\".");
@@ -53,6 +81,8 @@ void bind_cuda(py::module_& module) {
       .def_property_readonly("num_multiprocessors", &CudaContext::num_multiprocessors)
       .def_property_readonly("cublaslt",
                              [](const CudaContext& ctx) { return ctx.cublaslt().version(); });
+  module.def("upload_and_read_back", &upload_and_read_back, py::arg("ctx"), py::arg("arrays"),
+             py::arg("num_threads"));
 }
 
 #else

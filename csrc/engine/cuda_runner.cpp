@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "base/errors.h"
-#include "model/device_weights.h"
+#include "model/cuda_weights.h"
 #include "ops/block_tables.h"
 #include "ops/matmul.h"
 #include "ops/paged_attention.h"

@@ -1,4 +1,4 @@
-#include "model/device_weights.h"
+#include "model/cuda_weights.h"
 
 #include <algorithm>
 #include <cstddef>
