@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import click
 
@@ -22,13 +23,23 @@ _HEAD = """\
 def text() -> str:
     """The whole page."""
     root = tinyvllm.cli.cli
-    context = click.Context(root, info_name="tinyvllm")
+    context = _context(root, "tinyvllm", None)
     exit_codes = inspect.cleandoc(tinyvllm.cli.__doc__ or "").partition("\n\n")[2]
     what, _, codes = exit_codes.partition("\n\n")
-    lines = [_HEAD, *_page(root, context), "### Exit codes\n", what + "\n", f"```\n{codes}\n```\n"]
+    lines = [
+        _HEAD,
+        *_page(root, context),
+        "### Exit codes\n",
+        what + "\n",
+        f"```\n{dedent(codes)}\n```\n",
+    ]
     for command, child in _subcommands(root, context):
         lines += _page(command, child)
     return "\n".join(lines)
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None) -> click.Context:
+    return click.Context(command, parent, info_name=name, **command.context_settings)
 
 
 def _subcommands(
@@ -40,7 +51,7 @@ def _subcommands(
     for name in command.list_commands(context):
         found = command.get_command(context, name)
         assert found is not None, f"{name} is listed and cannot be had"
-        child = click.Context(found, info_name=name, parent=context)
+        child = _context(found, name, context)
         yield found, child
         yield from _subcommands(found, child)
 

@@ -50,7 +50,7 @@ UNTIED = {
     **TIED,
     "tie_word_embeddings": False,
     "vocab_size": 8192,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 6,
     "hidden_size": 768,
     "num_attention_heads": 12,
     "num_key_value_heads": 6,
@@ -61,7 +61,7 @@ UNTIED = {
     ("config", "stored", "dtype", "length", "seqs", "budget"),
     [
         (None, "bfloat16", "auto", 128, 64, 2048),  # the bundled model
-        (TIED, "bfloat16", "auto", 24, 64, 512),
+        (TIED, "bfloat16", "auto", 16, 64, 512),
         (UNTIED, "float16", "bfloat16", 64, 16, 256),
         (UNTIED, "bfloat16", "float32", 64, 16, 256),
     ],

@@ -51,7 +51,7 @@ _TIMEOUT_SECONDS = 10
 _EPILOG = """\b
 Examples:
   tinyvllm env
-  tinyvllm env --json | jq .gpu
+  tinyvllm env --json
 """
 
 Section = dict[str, Any]

@@ -31,7 +31,16 @@ _EPILOG = """\b
 Examples:
   tinyvllm run-batch --model DIR -i requests.jsonl -o answers.jsonl
   tinyvllm run-batch --model DIR -i requests.jsonl -o answers.jsonl --resume
-  echo '{"prompt": "Once upon a time"}' | tinyvllm run-batch -i - -o - | jq -r .text
+  echo '{"prompt": "Once upon a time"}' | tinyvllm run-batch -i - -o -
+
+\b
+A line, and the keys of its answer:
+  {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+    id, custom_id, response: {status_code, request_id, body}, error
+  {"prompt": "Once", "max_tokens": 9, "logprobs": 1}
+    line, custom_id, text, finish_reason, stop_reason, prompt_tokens,
+    completion_tokens, error, and logprobs where they were asked for
+  error is null, or {line, code, param, message}
 """
 
 
@@ -118,10 +127,10 @@ def command(**options: Any) -> int:
     """Answer a file of requests, one a line.
 
     A line is a request of OpenAI's batch API (/v1/completions or /v1/chat/completions), or a plain
-    {"prompt": TEXT} or {"messages": [...]} with sampling fields beside it. A prompt is continued as
-    it is; messages go through the model's chat template. Answers come in the order of the lines, in
-    the form of each line; empty lines are passed over. A line that cannot be served is answered
-    with an error that names it, the run goes on, and ends with exit code 1.
+    {"prompt": TEXT or token ids} or {"messages": [...]} with sampling fields beside it. A prompt is
+    continued as it is; messages go through the model's chat template. Answers come in the order of
+    the lines, in the form of each line; empty lines are passed over. A line that cannot be served
+    is answered with an error that names it, the run goes on, and ends with exit code 1.
 
     What a run has written when it is stopped or killed are whole lines, and --resume goes on after
     them. The same file, model and options give the same answers, also where lines have no seed.
