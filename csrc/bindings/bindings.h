@@ -23,7 +23,7 @@ void bind_cuda(pybind11::module_& module);
 const char* cuda_build();
 
 // Where the libraries of pip packages lie that the running Python would import: nvidia/*/lib in each
-// directory of sys.path. Only in a build with CUDA.
+// directory of sys.path.
 std::vector<std::string> cuda_library_directories();
 
 }  // namespace tinyvllm

@@ -52,6 +52,12 @@ int attribute_of(int device, cudaDeviceAttr attribute) {
   return value;
 }
 
+std::string name_of_card(int device) {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "asking for the card's name");
+  return properties.name;
+}
+
 }  // namespace
 
 struct CudaContext::State {
@@ -61,6 +67,7 @@ struct CudaContext::State {
         num_multiprocessors(attribute_of(device, cudaDevAttrMultiProcessorCount)),
         compute_capability(10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +
                            attribute_of(device, cudaDevAttrComputeCapabilityMinor)),
+        name(name_of_card(device)),
         max_shared_bytes(static_cast<std::size_t>(
             attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin))),
         cublaslt(library_directories),
@@ -70,6 +77,7 @@ struct CudaContext::State {
   const bool batch_invariant;
   const int num_multiprocessors;
   const int compute_capability;
+  const std::string name;
   const std::size_t max_shared_bytes;
   const cuda::Stream stream;
   const cuda::CublasLt cublaslt;
@@ -85,6 +93,12 @@ CudaContext::CudaContext(int device, bool batch_invariant,
 
 CudaContext::~CudaContext() = default;
 
+bool CudaContext::is_available() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+const std::string& CudaContext::name() const { return state_->name; }
 CUstream_st* CudaContext::stream() const { return state_->stream.get(); }
 int CudaContext::num_multiprocessors() const { return state_->num_multiprocessors; }
 int CudaContext::compute_capability() const { return state_->compute_capability; }

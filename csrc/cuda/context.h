@@ -33,6 +33,10 @@ class CudaContext {
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
 
+  // Whether this machine has a driver and a GPU that it shows.
+  static bool is_available();
+
+  const std::string& name() const;  // of the card
   CUstream_st* stream() const;
   int num_multiprocessors() const;
   int compute_capability() const;        // 90 for 9.0

@@ -7,7 +7,7 @@
 //   weight  [outputs, depth]   the same dtype, contiguous
 //   out     [rows, outputs]    bfloat16 or float32 (float32 x float32: float32); rows may lie apart
 //
-// Products are added in float32; TF32 is off.
+// All three begin at multiples of 256 bytes. Products are added in float32; TF32 is off.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +45,7 @@ class CublasLt {
   CublasLt(const CublasLt&) = delete;
   CublasLt& operator=(const CublasLt&) = delete;
 
-  std::string version() const;  // "13.1.0", or "emulated"
+  std::string version() const;  // "13.10.0", or "emulated"
 
   // The library proposes algorithms for a shape, best first by its own estimate, without any timing.
   // At most kMaxAlgorithms are asked for. Throws DeviceError if there is none.

@@ -17,12 +17,6 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// The nearest float that is neither 0 nor infinite: their products with -inf and 0 are no numbers.
-float positive_float(double value) {
-  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
-                                               std::numeric_limits<float>::max()));
-}
-
 // The lowest id among the largest values.
 std::int32_t argmax(std::span<const float> values) {
   return static_cast<std::int32_t>(std::max_element(values.begin(), values.end()) - values.begin());
@@ -67,9 +61,8 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
 std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
   std::vector<std::int32_t> kept;
   const float maximum = *std::max_element(logits.begin(), logits.end());
-  // p >= min_p * p_max is a bound on the distance of two logits, without any softmax.
-  const float lowest = params.min_p > 0 ? maximum + static_cast<float>(std::log(params.min_p))
-                                        : std::numeric_limits<float>::lowest();
+  const float lowest =
+      params.min_p > 0 ? maximum + log_min_p(params) : std::numeric_limits<float>::lowest();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     if (logits[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
   }
@@ -151,6 +144,39 @@ std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
 
 }  // namespace
 
+float positive_float(double value) {
+  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
+                                               std::numeric_limits<float>::max()));
+}
+
+float inverse_temperature(const SamplingParams& params) {
+  return positive_float(1.0 / params.temperature);
+}
+
+float log_min_p(const SamplingParams& params) {
+  return params.min_p > 0 ? static_cast<float>(std::log(params.min_p)) : kMinusInfinity;
+}
+
+DrawOrigin::DrawOrigin(const Sequence& sequence)
+    : request(sequence.request->id),
+      position(static_cast<std::int64_t>(sequence.num_tokens()) - 1),
+      min_tokens(sequence.request->params.min_tokens),
+      num_stop_token_ids(sequence.request->params.stop_token_ids.size()) {}
+
+std::string DrawOrigin::not_finite() const {
+  return "Request " + std::to_string(request) + ": a logit at position " +
+         std::to_string(position) +
+         " is not a finite number. The weights are damaged, or too large for their dtype; try "
+         "dtype "
+         "float32.";
+}
+
+std::string DrawOrigin::no_token() const {
+  return "Request " + std::to_string(request) + ": min_tokens is " + std::to_string(min_tokens) +
+         " and the " + std::to_string(num_stop_token_ids) +
+         " stop_token_ids leave no token to choose. Lower min_tokens to 0.";
+}
+
 double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::uint32_t token) {
   return gumbel(token_noise(seed, sample_index, position, token / 4)[token % 4]);
@@ -189,10 +215,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                        std::span<const float> raw) const {
   const SamplingParams& params = sequence.request->params;
   if (!std::all_of(raw.begin(), raw.end(), [](float x) { return std::isfinite(x); })) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": a logit at position " +
-                std::to_string(sequence.tokens.size() - 1) +
-                " is not a finite number. The weights are damaged, or too large for their dtype; "
-                "try dtype float32.");
+    throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits.
@@ -203,14 +226,11 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
   Sample sample;
   sample.token = argmax(logits);
   if (logits[static_cast<std::size_t>(sample.token)] == kMinusInfinity) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": min_tokens is " +
-                std::to_string(params.min_tokens) + " and the " +
-                std::to_string(params.stop_token_ids.size()) +
-                " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
+    throw Error(DrawOrigin(sequence).no_token());
   }
   if (!params.greedy()) {
-    const float inverse_temperature = positive_float(1.0 / params.temperature);
-    for (float& logit : logits) logit *= inverse_temperature;
+    const float inverse = inverse_temperature(params);
+    for (float& logit : logits) logit *= inverse;
     sample.token = draw(sequence, static_cast<std::uint32_t>(sample_index),
                         kept_tokens(params, logits), logits);
   }

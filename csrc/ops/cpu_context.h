@@ -20,9 +20,9 @@ class CpuContext {
   int num_threads() const { return pool_.num_threads(); }
   const Kernels& kernels() const { return *kernels_; }
 
-  // Memory for activations: reserved here, taken from the system when first used. Throws
-  // CapacityError.
-  Memory allocate(std::size_t bytes) const;
+  // Memory that is reserved here and taken from the system when first used. Throws CapacityError
+  // with the purpose and the bytes.
+  Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
 
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }

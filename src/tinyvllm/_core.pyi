@@ -75,6 +75,10 @@ class Engine:
         fail_at_step: int = 0,
         eos_token_ids: Sequence[int] = [],
         trace: Path | None = None,
+        device: str = "auto",
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        batch_invariant: bool = False,
     ) -> None: ...
     def add_request(self, id: int, prompt: Sequence[int], params: SamplingParams) -> None: ...
     def step(self) -> StepOutput: ...
@@ -89,7 +93,14 @@ class Engine:
 
 class Model:
     def __init__(
-        self, directory: Path, dtype: str = "auto", num_threads: int = 0, block_size: int = 16
+        self,
+        directory: Path,
+        dtype: str = "auto",
+        num_threads: int = 0,
+        block_size: int = 16,
+        device: str = "auto",
+        enforce_eager: bool = False,
+        batch_invariant: bool = False,
     ) -> None: ...
     def logits(self, token_ids: npt.ArrayLike, chunk_size: int = 0) -> Floats: ...
 
