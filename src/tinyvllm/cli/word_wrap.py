@@ -49,7 +49,7 @@ class WordWrap:
             before, width, self._column = "\n", self._word_width, 0
         self._column += width
         if self._column > self._columns:  # the terminal has broken it
-            self._column %= self._columns
+            self._column = (self._column - 1) % self._columns + 1
         word = self._word
         self._spaces, self._word, self._word_width = "", "", 0
         return before + word
