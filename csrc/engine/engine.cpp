@@ -9,8 +9,8 @@
 
 #include "base/errors.h"
 #include "base/host.h"
+#include "base/philox.h"
 #include "engine/make_runner.h"
-#include "engine/philox.h"
 
 namespace tinyvllm {
 namespace {
