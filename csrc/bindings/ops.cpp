@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/errors.h"
+#include "bindings/attention.h"
 #include "bindings/bindings.h"
 #include "bindings/operands.h"
 #include "model/rope_frequencies.h"
@@ -324,32 +325,46 @@ py::array bind_qk_norm_rope_and_cache(const AnyContext& any, const py::array& qk
   return result;
 }
 
-// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows.
+// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows. On CUDA,
+// (-1, 1, []) is a padded row.
 py::array bind_paged_attention(
     const AnyContext& any, const py::array& q, py::array keys, py::array values,
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
-    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype) {
-  const KvLayer cache = kv_layer(keys, values);
-  const MutTensorView queries = float_view(q);
-  if (num_heads < 1 || num_heads % cache.shape.num_kv_heads != 0 ||
-      queries.cols != num_heads * cache.shape.head_dim) {
+    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype,
+    bool as_chunks) {
+  AttentionCall call{.queries = product_view(any, q),
+                     .cache = kv_layer(keys, values),
+                     .sequences = {},
+                     .table_sizes = {},
+                     .num_heads = num_heads,
+                     .window = window,
+                     .scale = scale,
+                     .as_chunks = as_chunks,
+                     .out = {}};
+  const KvShape& shape = call.cache.shape;
+  if (num_heads < 1 || num_heads % shape.num_kv_heads != 0 ||
+      call.queries.cols != num_heads * shape.head_dim) {
     refuse("q is not [tokens, num_heads * head_dim] with num_heads a multiple of num_kv_heads");
   }
-  std::vector<BatchSequence> batch;
+  if (!on_cpu(any) && (call.queries.dtype != shape.dtype || named(dtype) != shape.dtype)) {
+    refuse("q, the cache and the result differ in dtype");
+  }
   std::int64_t first_token = 0;
   for (const auto& [first_position, num_tokens, table] : sequences) {
-    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * cache.shape.block_size;
-    if (first_position < 0 || num_tokens < 0) refuse("a position is negative");
+    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * shape.block_size;
+    if (first_position < (on_cpu(any) ? 0 : -1) || num_tokens < 0) refuse("a position is negative");
     if (first_position + num_tokens > covered) refuse("a block table is too short");
     for (const std::int32_t block : table) {
-      if (block < 0 || block >= cache.shape.num_blocks) refuse("a block is outside the pool");
+      if (block < 0 || block >= shape.num_blocks) refuse("a block is outside the pool");
     }
-    batch.push_back({first_token, num_tokens, first_position, table.data()});
+    call.sequences.push_back({first_token, num_tokens, first_position, table.data()});
+    call.table_sizes.push_back(std::ssize(table));
     first_token += num_tokens;
   }
-  if (first_token != queries.rows) refuse("the sequences do not cover the rows of q");
-  py::array out = make(named(dtype), queries.rows, num_heads * cache.shape.head_dim);
-  paged_attention(cpu_of(any), queries, cache, batch, num_heads, window, scale, view(out));
+  if (first_token != call.queries.rows) refuse("the sequences do not cover the rows of q");
+  py::array out = make(named(dtype), call.queries.rows, num_heads * shape.head_dim);
+  call.out = view(out);
+  run(any, [&](const auto& ctx, auto& operands) { attend(ctx, operands, call); });
   return out;
 }
 
@@ -440,7 +455,7 @@ void bind_ops(py::module_& module) {
   ops.def("copy_blocks", &bind_copy_blocks, py::arg("ctx"), py::arg("pool"), py::arg("copies"));
   ops.def("paged_attention", &bind_paged_attention, py::arg("ctx"), py::arg("q"), py::arg("keys"),
           py::arg("values"), py::arg("sequences"), py::arg("num_heads"), py::arg("window") = 0,
-          py::arg("scale") = 1.0f, py::arg("dtype") = "float32");
+          py::arg("scale") = 1.0f, py::arg("dtype") = "float32", py::arg("as_chunks") = false);
 }
 
 }  // namespace tinyvllm

@@ -68,7 +68,7 @@ void launch(const CudaContext& ctx, const char* name, const LaunchShape& shape,
     };
     throw DeviceError("cuda: kernel " + std::string(name) + ", grid " + text(shape.grid) +
                       ", block " + text(shape.block) + ", " + std::to_string(shape.shared_bytes) +
-                      " bytes of shared memory: " + cudaGetErrorString(error) + ".");
+                      " bytes of shared memory: " + sentence(cudaGetErrorString(error)));
   }
 }
 

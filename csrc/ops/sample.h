@@ -3,8 +3,8 @@
 //
 //   logits [num_logits, vocab]  float32
 //
-// All pointers are device memory. Nothing waits for the host: the next step can read the tokens where
-// they are, and the host fetches them when it pleases.
+// All pointers are device memory. Nothing waits for the host: the next step reads the tokens where they
+// are (feed_tokens), and the host fetches them when it pleases.
 #pragma once
 
 #include <cstddef>
@@ -91,5 +91,10 @@ void sample(const CudaContext& ctx, MutTensorView logits, const SampleBatch& bat
 // num_logprobs: for the tokens of prompts.
 void logprobs(const CudaContext& ctx, TensorView logits, const std::int32_t* tokens,
               std::int32_t num_logprobs, const LogprobOutputs& outputs);
+
+// tokens[i] = sampled[sources[i]] where sources[i] >= 0: the tokens of the next step that the host
+// does not know yet. A launch that does not overlap the one before it.
+void feed_tokens(const CudaContext& ctx, const std::int32_t* sampled, const std::int32_t* sources,
+                 std::int32_t count, std::int32_t* tokens);
 
 }  // namespace tinyvllm

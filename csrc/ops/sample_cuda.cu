@@ -87,4 +87,10 @@ void logprobs(const CudaContext& ctx, TensorView logits, const std::int32_t* tok
                static_cast<int>(logits.cols), nullptr, tokens, num_logprobs, outputs);
 }
 
+void feed_tokens(const CudaContext& ctx, const std::int32_t* sampled, const std::int32_t* sources,
+                 std::int32_t count, std::int32_t* tokens) {
+  cuda::launch(ctx, "feed_tokens", {.grid = blocks_for(count), .block = 256},
+               cuda::feed_tokens_kernel, sampled, sources, count, tokens);
+}
+
 }  // namespace tinyvllm

@@ -35,6 +35,14 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 @pytest.fixture
+def gpu() -> Device:
+    """CUDA, for the tests that are about it."""
+    if not has_cuda():
+        pytest.skip("built without CUDA")
+    return cuda()
+
+
+@pytest.fixture
 def cpu_device(request: pytest.FixtureRequest) -> Device:
     """A context of two threads."""
     return cpu(request.param, 2)

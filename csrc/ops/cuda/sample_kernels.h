@@ -240,4 +240,10 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+__global__ void feed_tokens_kernel(const std::int32_t* sampled, const std::int32_t* sources,
+                                   int count, std::int32_t* tokens) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count && sources[i] >= 0) tokens[i] = sampled[sources[i]];
+}
+
 }  // namespace tinyvllm::cuda
