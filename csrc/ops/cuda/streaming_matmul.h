@@ -48,14 +48,15 @@ struct StreamingArguments {
 inline constexpr int kStreamingWarps = 8;
 inline constexpr int kStreamingThreads = kStreamingWarps * kWarpSize;
 
-// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step
-// of the ring, kStages steps in it.
-template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_>
+// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step of
+// the ring, kStages steps in it; kPrefetch bytes that a copy brings into the L2 cache at once.
+template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_, int kPrefetch_ = 0>
 struct StreamingShape {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kSlice = kSlice_;
   static constexpr int kStages = kStages_;
+  static constexpr int kPrefetch = kPrefetch_;
 
   static constexpr int kTileOutputs = 16 * kRowTiles;
   static constexpr int kTileRows = 8 * kColumnTiles;
@@ -63,7 +64,7 @@ struct StreamingShape {
   static constexpr int kRoundTiles = kColumnTiles < 4 ? kColumnTiles : 4;
   static constexpr int kSliceBytes = 2 * kSlice;  // of one row
 
-  static_assert(kSlice == 32 || kSlice == 64);
+  static_assert(kSlice == 32 || kSlice == 64 || kSlice == 128);
 };
 
 // How the block's shared memory is carved up.
@@ -97,7 +98,7 @@ struct StreamingLayout {
 // read four columns of two rows meet no bank twice.
 template <typename Shape>
 __device__ inline int slice_offset(int row, int column) {
-  const int swap = Shape::kSlice == 64 ? (row & 1) * 4 : 0;
+  const int swap = Shape::kSlice > 32 ? (row & 1) * 4 : 0;
   return row * Shape::kSliceBytes + (column ^ swap) * 16;
 }
 
@@ -167,9 +168,9 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
         output = first + row / 16 * 8 + row % 8;
         weight_row = output + (row % 16 < 8 ? 0 : group_outputs);
       }
-      copy_async_16(stage + slice_offset<Shape>(row, column),
-                    a.weight + weight_row * a.depth + k + column * 8,
-                    output < group_outputs && k + column * 8 < depth);
+      copy_async_16<Shape::kPrefetch>(stage + slice_offset<Shape>(row, column),
+                                      a.weight + weight_row * a.depth + k + column * 8,
+                                      output < group_outputs && k + column * 8 < last_k);
     }
   };
   const auto copy_x = [&](std::byte* stage, int tile, int k) {
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
       const int row = lane / kVectors + i * kRowsPerCopy;
       if (row >= rows) break;
       copy_async_16(stage + slice_offset<Shape>(Shape::kTileOutputs + row, column),
-                    x + row * a.x_stride + k + column * 8, k + column * 8 < depth);
+                    x + row * a.x_stride + k + column * 8, k + column * 8 < last_k);
     }
   };
 
