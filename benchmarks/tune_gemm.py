@@ -1,12 +1,13 @@
 """Measures every way to compute a model's matrix products on this GPU, and keeps the fastest.
 
-    python benchmarks/tune_gemm.py [--model llama-3.2-1b] [--rows 1,8,64] [--json FILE] [--write]
+    python benchmarks/tune_gemm.py [--model MODEL]... [--rows 1,8,64] [--json FILE] [--table FILE]
 
-For each matrix of the model and each number of rows (tokens of a step) all kernels that take it are
-timed, in a CUDA graph of one product a layer with weights of its own. The fastest few are then
-compared in a graph of all products of a step, where neighbours overlap. The report gives a product's
-time, and the share of the card's own limit: the rate at which it reads the weights where that
-binds. --write puts the choices into csrc/ops/cuda/matmul_table.inc, for the next build.
+For each matrix of the model and each number of rows (tokens of a step) all kernels that take it
+are timed, in a CUDA graph of one product a layer with weights of its own. The fastest few are then
+compared in a graph of all products of a step, where neighbours overlap. The report gives a
+product's time beside the rate at which it reads its weights, as a share of what the card can read,
+and its rate of arithmetic. --table writes the choices as csrc/ops/cuda/matmul_table.inc wants them,
+for the next build.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from tinyvllm import _core
+from tinyvllm.errors import TinyvllmError
 
-TABLE = Path(__file__).parent.parent / "csrc/ops/cuda/matmul_table.inc"
-USES = {"store": "kStore", "add": "kAdd", "norm": "kNorm", "logits": "kNorm", "swiglu": "kNormSwiGlu"}
+TABLE = "csrc/ops/cuda/matmul_table.inc"
+USES = {
+    "store": "kStore",
+    "add": "kAdd",
+    "norm": "kNorm",
+    "logits": "kNorm",
+    "swiglu": "kNormSwiGlu",
+}
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 MAX_LOGIT_ROWS = 256  # a step takes logits of its sequences' last tokens only
 MAX_STREAMING_ROWS = 256
@@ -125,7 +133,7 @@ class Bench:
             once = min(self.timer.milliseconds(rows, native, passes=1, repetitions=2))
             passes = max(1, min(20, int(4 / once)))
             times = self.timer.milliseconds(rows, native, passes=passes, repetitions=3)
-        except RuntimeError:
+        except TinyvllmError:
             return None
         return statistics.median(times) / 1e3
 
@@ -143,9 +151,7 @@ def fastest(bench: Bench, rows: int, plans: Iterable[Plan]) -> list[tuple[float,
 def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str, Any]:
     layer, lm_head = model.layer(), model.lm_head()
     most = max(all_rows)
-    benches = {
-        matrix.name: Bench(ctx, [matrix] * model.layers, most) for matrix in layer
-    }
+    benches = {matrix.name: Bench(ctx, [matrix] * model.layers, most) for matrix in layer}
     benches["lm_head"] = Bench(ctx, [lm_head], min(most, MAX_LOGIT_ROWS))
     step = [matrix for _ in range(model.layers) for matrix in layer]
     decode = Bench(ctx, [*step, lm_head], min(most, MAX_LOGIT_ROWS))
@@ -232,11 +238,13 @@ def table_rows(model: Model, results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, action="append", help="default: llama-3.2-1b")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="every measurement, for later")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--table", type=Path, help=f"where to write the choices, such as {TABLE}")
     options = parser.parse_args()
 
     ctx = _core.CudaContext()
@@ -252,8 +260,8 @@ def main() -> None:
         table += [f"// {name}", *table_rows(MODELS[name], report[name])]
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
-    if options.write:
-        TABLE.write_text("\n".join(table) + "\n")
+    if options.table:
+        options.table.write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

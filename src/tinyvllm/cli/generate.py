@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinyvllm.cli.report import Prompt
     from tinyvllm.llm import LLM
 
-_DEFAULT_MAX_TOKENS = 256
+DEFAULT_MAX_TOKENS = 256
 # A chunk of prompt is one call into the engine, and a signal waits for its end.
 _MAX_TOKENS_A_STEP = 512
 
@@ -81,7 +81,7 @@ Examples:
     default=None,
     help="Use the model's chat template, or not.  [default: chat if the model has one]",
 )
-@sampling_options(default_max_tokens=str(_DEFAULT_MAX_TOKENS))
+@sampling_options(default_max_tokens=str(DEFAULT_MAX_TOKENS))
 @option(
     "--logprobs",
     section="Output",
@@ -143,7 +143,7 @@ def command(**options: Any) -> None:
         trace=options["trace"],
     ) as llm:
         num_warnings = len(llm.stats()["warnings"])
-        sampling, origins = sampling_params(llm, options, _DEFAULT_MAX_TOKENS)
+        sampling, origins = sampling_params(llm, options, DEFAULT_MAX_TOKENS)
         prompts = _prompts(llm, texts, options)
         report = Report(llm, output, sampling, origins, prompts, options)
         if not quiet:

@@ -17,118 +17,124 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinyvllm.cli.generate import DEFAULT_MAX_TOKENS
 from tinyvllm.cli.line_io import LineReader, LineWriter
-from tinyvllm.cli.options import Count
+from tinyvllm.cli.model_options import engine_options, model_options, open_llm
+from tinyvllm.cli.options import Command, Count, option
 from tinyvllm.cli.terminal import Stopped
 from tinyvllm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from tinyvllm.cli.batch_run import Tally
 
-_DEFAULT_MAX_TOKENS = 256  # of plain lines, as for generate
-
 _EPILOG = """\b
 Examples:
   tinyvllm run-batch --model DIR -i requests.jsonl -o answers.jsonl
   tinyvllm run-batch --model DIR -i requests.jsonl -o answers.jsonl --resume
-  echo '{"prompt": "Once upon a time"}' | tinyvllm run-batch -i - -o - | jq -r .text
+  echo '{"prompt": "Once upon a time"}' | tinyvllm run-batch -i - -o -
+
+\b
+A line, and the keys of its answer:
+  {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+    id, custom_id, response: {status_code, request_id, body}, error
+  {"prompt": "Once", "max_tokens": 9, "logprobs": 1}
+    line, custom_id, text, finish_reason, stop_reason, prompt_tokens,
+    completion_tokens, error, and logprobs where they were asked for
+  error is null, or {line, code, param, message}
 """
 
 
 @click.command(
-    epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option(
-    "-i", "--input", "input_file", required=True, metavar="FILE", help="Requests; '-' is stdin."
+@option(
+    "-i",
+    "--input",
+    "input_file",
+    section="Files",
+    required=True,
+    metavar="FILE",
+    help="Requests; '-' is stdin.",
 )
-@click.option(
-    "-o", "--output", "output_file", required=True, metavar="FILE", help="Answers; '-' is stdout."
+@option(
+    "-o",
+    "--output",
+    "output_file",
+    section="Files",
+    required=True,
+    metavar="FILE",
+    help="Answers; '-' is stdout. A file that exists is replaced.",
 )
-@click.option(
+@option(
     "--resume",
+    section="Files",
     is_flag=True,
     help="Keep the answers that the output has, and go on after them.",
 )
-@click.option(
-    "-m",
-    "--model",
-    metavar="DIR|ORG/NAME",
-    help="Checkpoint directory or hub model.  [default: the bundled story model]",
-)
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-@click.option("--offline", is_flag=True, help="Never use the network.")
-@click.option(
+@option("-q", "--quiet", section="Files", is_flag=True, help="Nothing on stderr but errors.")
+@model_options()
+@option(
     "-n",
     "--max-tokens",
+    section="Sampling, where a line does not say",
     type=Count(),
     metavar="N",
-    help="For lines that do not say.  [default: plain lines: the model's, else 256; OpenAI's: 16 "
-    "for completions, the rest of the context for a chat]",
+    help=f"At most N tokens of output.  [default: 16 for OpenAI's completions, the rest of the "
+    f"context for OpenAI's chats; for plain lines the model's, else {DEFAULT_MAX_TOKENS}]",
 )
-@click.option(
-    "-t", "--temperature", type=float, help="For lines that do not say.  [default: the model's]"
+@option(
+    "-t",
+    "--temperature",
+    section="Sampling, where a line does not say",
+    type=float,
+    help="0 is greedy.  [default: the model's]",
 )
-@click.option(
+@option(
     "--seed",
+    section="Sampling, where a line does not say",
     type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
-    help="Lines without a seed get one from this and their line number.",
+    help="A line's own seed comes from this and its line number.",
 )
-@click.option(
+@option(
     "--generation-config",
+    section="Sampling, where a line does not say",
     metavar="auto|none|FILE",
     default="auto",
     show_default=True,
     help="Where sampling defaults come from.",
 )
-@click.option(
+@option(
     "--window",
-    type=Count(),
+    section="Engine",
+    type=click.IntRange(1),
     metavar="N",
-    help="Lines that are read and not yet answered in the output: what a kill loses, and what "
+    help="Lines that are read and whose answers are not yet written: what a kill loses, and what "
     "memory holds.  [default: twice --max-num-seqs]",
 )
-@click.option(
+@option(
     "--max-num-seqs",
-    type=Count(),
+    section="Engine",
+    type=click.IntRange(1, 65536),
     metavar="N",
     default=256,
     show_default=True,
     help="Sequences that run together.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="[default: one a physical core]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True
-)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
-@click.option(
-    "--max-model-len",
-    type=Count(),
-    metavar="N",
-    help="Tokens of prompt and output together.  [default: the model's, as far as memory holds]",
-)
+@engine_options
 def command(**options: Any) -> int:
     """Answer a file of requests, one a line.
 
     A line is a request of OpenAI's batch API (/v1/completions or /v1/chat/completions), or a plain
-    {"prompt": TEXT} or {"messages": [...]} with sampling fields beside it. A prompt is continued as
-    it is; messages go through the model's chat template. Answers come in the order of the lines, in
-    the form of each line; empty lines are passed over. A line that cannot be served is answered
-    with an error that names it, the run goes on, and ends with exit code 1.
+    {"prompt": TEXT or token ids} or {"messages": [...]} with sampling fields beside it. A prompt is
+    continued as it is; messages go through the model's chat template. Answers come in the order of
+    the lines, in the form of each line; empty lines are passed over. A line that cannot be served
+    is answered with an error that names it, the run goes on, and ends with exit code 1.
 
     What a run has written when it is stopped or killed are whole lines, and --resume goes on after
     them. The same file, model and options give the same answers, also where lines have no seed.
     """
-    if options["window"] is not None and options["window"] < 1:
-        raise click.UsageError("--window must be at least 1.")
-    if not 1 <= options["max_num_seqs"] <= 65536:
-        raise click.UsageError("--max-num-seqs must be from 1 to 65536.")
-
     names_file = options["output_file"] != "-"
     if options["resume"] and not names_file:
         raise click.UsageError("--resume needs an output that is a file.")
@@ -148,18 +154,11 @@ def command(**options: Any) -> int:
         _skip_answered(reader, target, options, tally)
 
     from tinyvllm.cli.report import note, notes
-    from tinyvllm.llm import BUNDLED_MODEL, LLM
 
     quiet = options["quiet"]
-    with LLM(
-        options["model"] or BUNDLED_MODEL,
-        revision=options["revision"],
-        offline=options["offline"],
+    with open_llm(
+        options,
         quiet=quiet,
-        device=options["device"],
-        dtype=options["dtype"],
-        num_threads=options["threads"],
-        max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
         generation_config=options["generation_config"],
         seed=options["seed"],
@@ -173,7 +172,7 @@ def command(**options: Any) -> int:
             seed=options["seed"],
             defaults=llm.sampling_defaults().fields,
             flags={name: value for name, value in flags.items() if value is not None},
-            max_tokens=_DEFAULT_MAX_TOKENS,
+            max_tokens=DEFAULT_MAX_TOKENS,
         )
         if writer.is_file and names_file and not options["resume"]:
             os.ftruncate(target, 0)
