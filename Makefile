@@ -13,7 +13,7 @@ CORE_FILES := $(shell find csrc third_party)
 CXX_FILES = find csrc -name '*.h' -o -name '*.cpp'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build demo test lint lint-format lint-python lint-warnings format asan clean
+.PHONY: help .venv build demo docs test lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
 	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ build: $(STAMPS)/build  ## build and install into .venv, editable
 demo: build  ## two stories by the bundled model
 	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time"
 	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
+
+docs: build  ## docs/cli.md, from the commands' own help
+	$(BIN)/python docs/make_cli.py
 
 # --- Tests and checks ----------------------------------------------------------------------------
 # ARGS goes to pytest: make test ARGS="-k rope".
