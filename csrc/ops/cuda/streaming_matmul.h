@@ -76,7 +76,7 @@ struct StreamingLayout {
 
   __host__ __device__ StreamingLayout(std::int64_t depth, int rows, bool normalises) {
     // The half line between rows spreads the eight rows of a fragment over all banks.
-    normalized = normalises ? static_cast<std::size_t>((depth + 63) / 64 * 64) * 2 + 64 : 0;
+    normalized = normalises ? static_cast<std::size_t>(padded_depth(depth)) * 2 + 64 : 0;
     const int x_rows = rows < Shape::kTileRows ? rows : Shape::kTileRows;
     stage = static_cast<std::size_t>(Shape::kTileOutputs + (normalises ? 0 : x_rows)) *
             Shape::kSliceBytes;
@@ -86,6 +86,11 @@ struct StreamingLayout {
     total = scales + sizeof(float) * (kStreamingWarps + 1) * Shape::kTileRows;
     total = (total + 127) / 128 * 128;
     if (normalises) total += static_cast<std::size_t>(x_rows) * normalized;
+  }
+
+  // Where the last step of a warp ends at most; zeros from the depth to there.
+  __host__ __device__ static std::int64_t padded_depth(std::int64_t depth) {
+    return (depth + 63) / 64 * 64 + (Shape::kSlice > 64 ? Shape::kSlice - 64 : 0);
   }
 
   __device__ std::size_t normalized_rows(int rows) const {
@@ -223,8 +228,8 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
     float squares[kNormRows] = {};
     const auto* x = static_cast<const float*>(a.x);
 #pragma unroll 2
-    for (int i = 0, k = 4 * static_cast<int>(threadIdx.x); k < (depth + 63) / 64 * 64;
-         ++i, k += 4 * kStreamingThreads) {
+    for (int i = 0, k = 4 * static_cast<int>(threadIdx.x);
+         k < StreamingLayout<Shape>::padded_depth(depth); ++i, k += 4 * kStreamingThreads) {
       const bool inside = k < depth;
       float4 scale = {0, 0, 0, 0};
       if (i == 0) {
