@@ -1,12 +1,13 @@
 """Measures every way to compute a model's matrix products on this GPU, and keeps the fastest.
 
-    python benchmarks/tune_gemm.py [--model llama-3.2-1b] [--rows 1,8,64] [--json FILE] [--table FILE]
+    python benchmarks/tune_gemm.py [--model MODEL]... [--rows 1,8,64] [--json FILE] [--table FILE]
 
-For each matrix of the model and each number of rows (tokens of a step) all kernels that take it are
-timed, in a CUDA graph of one product a layer with weights of its own. The fastest few are then
-compared in a graph of all products of a step, where neighbours overlap. The report gives a product's
-time, and the share of the card's own limit: the rate at which it reads the weights where that
-binds. --table writes the choices as csrc/ops/cuda/matmul_table.inc wants them, for the next build.
+For each matrix of the model and each number of rows (tokens of a step) all kernels that take it
+are timed, in a CUDA graph of one product a layer with weights of its own. The fastest few are then
+compared in a graph of all products of a step, where neighbours overlap. The report gives a
+product's time beside the rate at which it reads its weights, as a share of what the card can read,
+and its rate of arithmetic. --table writes the choices as csrc/ops/cuda/matmul_table.inc wants them,
+for the next build.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from tinyvllm import _core
 from tinyvllm.errors import TinyvllmError
 
 TABLE = "csrc/ops/cuda/matmul_table.inc"
-USES = {"store": "kStore", "add": "kAdd", "norm": "kNorm", "logits": "kNorm", "swiglu": "kNormSwiGlu"}
+USES = {
+    "store": "kStore",
+    "add": "kAdd",
+    "norm": "kNorm",
+    "logits": "kNorm",
+    "swiglu": "kNormSwiGlu",
+}
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 MAX_LOGIT_ROWS = 256  # a step takes logits of its sequences' last tokens only
 MAX_STREAMING_ROWS = 256
@@ -144,9 +151,7 @@ def fastest(bench: Bench, rows: int, plans: Iterable[Plan]) -> list[tuple[float,
 def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str, Any]:
     layer, lm_head = model.layer(), model.lm_head()
     most = max(all_rows)
-    benches = {
-        matrix.name: Bench(ctx, [matrix] * model.layers, most) for matrix in layer
-    }
+    benches = {matrix.name: Bench(ctx, [matrix] * model.layers, most) for matrix in layer}
     benches["lm_head"] = Bench(ctx, [lm_head], min(most, MAX_LOGIT_ROWS))
     step = [matrix for _ in range(model.layers) for matrix in layer]
     decode = Bench(ctx, [*step, lm_head], min(most, MAX_LOGIT_ROWS))
@@ -233,7 +238,9 @@ def table_rows(model: Model, results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, action="append", help="default: llama-3.2-1b")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="every measurement, for later")

@@ -65,8 +65,8 @@ Matrix matrix_of(const std::string& use, std::int64_t outputs, std::int64_t dept
   return {value, value == MatmulUse::kAdd ? DType::kFloat32 : DType::kBFloat16, outputs, depth};
 }
 
-// Runs the products of a step, one after the other in a CUDA graph, each with weights of its own, so
-// that nothing is in a cache that would not be there in a model. bfloat16.
+// Runs the products of a step, one after the other in a CUDA graph, each with weights of its own,
+// so that nothing is in a cache that would not be there in a model. bfloat16.
 class MatmulTimer {
  public:
   MatmulTimer(const CudaContext& ctx,
@@ -170,7 +170,8 @@ class MatmulTimer {
       call.call.norm = norm_.as<float>();
       call.call.eps = 1e-5f;
       call.call.normalized = view(normalized_, DType::kBFloat16, matrix.depth);
-      if (matrix.use == MatmulUse::kAdd) call.call.out = view(residual_, DType::kFloat32, matrix.outputs);
+      if (matrix.use == MatmulUse::kAdd)
+        call.call.out = view(residual_, DType::kFloat32, matrix.outputs);
       if (matrix.use == MatmulUse::kNormSwiGlu) {
         call.call.gate_up = call.call.out;
         call.call.out = view(operand_, DType::kBFloat16, matrix.outputs / 2);

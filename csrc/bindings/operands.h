@@ -131,7 +131,8 @@ class Operands<CudaContext> {
     cuda::DeviceMemory memory;
     std::byte* start;
     std::size_t row_bytes, rows, stride;
-    std::vector<std::byte> bytes;  // from the first to the last element; lives until they are copied
+    std::vector<std::byte>
+        bytes;  // from the first to the last element; lives until they are copied
   };
   struct Written {
     std::byte* host;

@@ -212,8 +212,8 @@ py::array bind_norm_swiglu(const AnyContext& any, const py::array& x, const Floa
 
 #if defined(TINYVLLM_HAS_CUDA)
 
-// One of the four above, by a plan of the caller's choice: "store" and "add" take x as it is, "norm"
-// and "swiglu" the float32 residual stream. Returns what was written.
+// One of the four above, by a plan of the caller's choice: "store" and "add" take x as it is,
+// "norm" and "swiglu" the float32 residual stream. Returns what was written.
 py::array bind_matmul_by_plan(const CudaContext& ctx, const cuda::MatmulPlan& plan,
                               const std::string& use, const py::array& x,
                               const std::vector<py::array>& blocks,
@@ -441,9 +441,8 @@ void bind_ops(py::module_& module) {
           py::arg("biases") = std::vector<std::optional<Floats>>());
 #if defined(TINYVLLM_HAS_CUDA)
   ops.def("matmul_by_plan", &bind_matmul_by_plan, py::arg("ctx"), py::arg("plan"), py::arg("use"),
-          py::arg("x"), py::arg("blocks"),
-          py::arg("biases") = std::vector<std::optional<Floats>>(), py::arg("norm") = py::none(),
-          py::arg("eps") = 0.0f, py::arg("residual") = py::none(),
+          py::arg("x"), py::arg("blocks"), py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("norm") = py::none(), py::arg("eps") = 0.0f, py::arg("residual") = py::none(),
           py::arg("out_dtype") = "float32");
 #endif
   ops.def("silu_mul", &bind_silu_mul, py::arg("ctx"), py::arg("gate_up"),

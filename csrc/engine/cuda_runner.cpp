@@ -211,7 +211,7 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
       const std::int64_t position = first + i;
       const bool known = position < std::ssize(sequence.tokens);
       tokens.host[row] = known ? sequence.tokens[static_cast<std::size_t>(position)] : 0;
-      sources.host[row] = known ? -1 : sequence.pending;
+      sources.host[row] = known ? -1 : sequence.pending_draw;
       positions.host[row] = static_cast<std::int32_t>(position);
       slots.host[row] = sequence.slot(position, options_.block_size);
       device_rows_[static_cast<std::size_t>(entry.plan_row + i)] = row;

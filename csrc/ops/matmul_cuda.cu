@@ -21,11 +21,12 @@ namespace tinyvllm {
 namespace cuda {
 namespace {
 
-// --- The streaming kernel -------------------------------------------------------------------------
+// --- The streaming kernel
+// -------------------------------------------------------------------------
 
 // Output tiles of 16, row tiles of 8, elements of the depth a step, steps in the ring. What a block
-// keeps in flight is kept below half of a multiprocessor's shared memory where it can be, so that the
-// next kernel's blocks find room for theirs.
+// keeps in flight is kept below half of a multiprocessor's shared memory where it can be, so that
+// the next kernel's blocks find room for theirs.
 using StreamingShapes = std::tuple<StreamingShape<1, 1, 64, 4>, StreamingShape<1, 1, 64, 6>,
                                    StreamingShape<2, 1, 64, 3>,  // the last that normalises
                                    StreamingShape<1, 2, 64, 3>, StreamingShape<2, 2, 32, 4>,
@@ -47,7 +48,8 @@ void with_shape(int number, F&& f) {
   }(std::make_index_sequence<kNumShapes>{});
 }
 
-bool fits(const CudaContext& ctx, int shape, std::int64_t depth, std::int64_t rows, bool fuses_norm) {
+bool fits(const CudaContext& ctx, int shape, std::int64_t depth, std::int64_t rows,
+          bool fuses_norm) {
   bool result = false;
   with_shape(shape, [&]<typename Shape>(Shape) {
     result = StreamingLayout<Shape>(depth, static_cast<int>(rows), fuses_norm).total <=
@@ -114,7 +116,8 @@ void run_streaming(const CudaContext& ctx, const MatmulCall& call, const MatmulP
   });
 }
 
-// --- The other kernels ----------------------------------------------------------------------------
+// --- The other kernels
+// ----------------------------------------------------------------------------
 
 template <typename X, typename W, typename Out>
 void launch_plain(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
@@ -166,7 +169,8 @@ void run_cublaslt(const CudaContext& ctx, TensorView x, const Weight& weight, Mu
                           x.data, weight.blocks[0].data, out.data, rank);
 }
 
-// --- Checks ---------------------------------------------------------------------------------------
+// --- Checks
+// ---------------------------------------------------------------------------------------
 
 std::string text_of(TensorView view) {
   return "[" + std::to_string(view.rows) + ", " + std::to_string(view.cols) + "] " +
@@ -219,7 +223,8 @@ bool aligned(TensorView view) {
   return aligned(view.data, view.row_stride, static_cast<std::int64_t>(size_of(view.dtype)));
 }
 
-// Whether the operands of the product can be read 16 bytes at a time, and multiplied on tensor cores.
+// Whether the operands of the product can be read 16 bytes at a time, and multiplied on tensor
+// cores.
 bool takes_vectors(const MatmulCall& call) {
   const TensorView x = operand_of(call);
   return x.dtype == DType::kBFloat16 && call.weight->dtype == DType::kBFloat16 && aligned(x) &&
@@ -233,7 +238,8 @@ bool can_fuse_norm(const CudaContext& ctx, const MatmulCall& call, int shape) {
          fits(ctx, shape, call.weight->depth, call.x.rows, true);
 }
 
-// --- Plans ----------------------------------------------------------------------------------------
+// --- Plans
+// ----------------------------------------------------------------------------------------
 
 constexpr MatmulPlan streaming(int shape, int blocks_per_multiprocessor, bool fuses_norm = false) {
   return {.kernel = MatmulKernel::kStreaming,
@@ -241,7 +247,9 @@ constexpr MatmulPlan streaming(int shape, int blocks_per_multiprocessor, bool fu
           .blocks_per_multiprocessor = blocks_per_multiprocessor,
           .fuses_norm = fuses_norm};
 }
-constexpr MatmulPlan cublaslt(int rank) { return {.kernel = MatmulKernel::kCublasLt, .rank = rank}; }
+constexpr MatmulPlan cublaslt(int rank) {
+  return {.kernel = MatmulKernel::kCublasLt, .rank = rank};
+}
 
 struct TunedPlan {
   std::int64_t outputs, depth;
@@ -259,7 +267,8 @@ MatmulPlan streaming_for(std::int64_t rows) {
   if (rows <= 8) return streaming(0, 2, true);
   if (rows <= 16) return streaming(3, 2);
   if (rows <= 32) return streaming(6, 2);
-  return streaming(9, 2);
+  if (rows <= 64) return streaming(9, 2);
+  return streaming(10, 1);
 }
 
 MatmulPlan wanted(const MatmulCall& call) {
@@ -290,11 +299,12 @@ MatmulPlan plan_of(const CudaContext& ctx, const MatmulCall& call) {
   if (!takes_vectors(call)) return {};
   MatmulPlan plan = wanted(call);
   // The library has no bias in float32 for a bfloat16 output, and no promise about its sums.
-  const bool library = call.weight->blocks[0].bias == nullptr && aligned(product_of(call)) &&
-                       !ctx.batch_invariant();
+  const bool library =
+      call.weight->blocks[0].bias == nullptr && aligned(product_of(call)) && !ctx.batch_invariant();
   if (plan.kernel == MatmulKernel::kCublasLt && !library) plan = streaming_for(call.x.rows);
   if (plan.kernel == MatmulKernel::kStreaming) {
-    plan.fuses_norm = plan.fuses_norm && !ctx.batch_invariant() && can_fuse_norm(ctx, call, plan.shape);
+    plan.fuses_norm =
+        plan.fuses_norm && !ctx.batch_invariant() && can_fuse_norm(ctx, call, plan.shape);
     if (!fits(ctx, plan.shape, call.weight->depth, call.x.rows, plan.fuses_norm)) {
       plan.shape = kSmallestShape;
     }
@@ -310,8 +320,8 @@ void run(const CudaContext& ctx, const MatmulCall& call, const MatmulPlan& plan)
       (plan.kernel == MatmulKernel::kStreaming && (plan.shape < 0 || plan.shape >= kNumShapes)) ||
       (plan.kernel == MatmulKernel::kCublasLt && call.weight->blocks[0].bias != nullptr)) {
     throw Error("matmul: this plan does not take x " + text_of(call.x) + " and weight [" +
-                std::to_string(call.weight->outputs()) + ", " +
-                std::to_string(call.weight->depth) + "].");
+                std::to_string(call.weight->outputs()) + ", " + std::to_string(call.weight->depth) +
+                "].");
   }
   const bool fused = plan.kernel == MatmulKernel::kStreaming && plan.fuses_norm;
   if (normalises(call.use) && !fused) rms_norm(ctx, call.x, call.norm, call.eps, call.normalized);

@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(kThreads)
 
 void read_memory(const CudaContext& ctx, const void* memory, std::size_t bytes,
                  std::uint32_t* checksum) {
-  cuda::launch(ctx, "read_memory",
-               {.grid = dim3(static_cast<unsigned>(kBlocksPerMultiprocessor *
-                                                   ctx.num_multiprocessors())),
-                .block = dim3(kThreads)},
-               read_kernel, static_cast<const uint4*>(memory), bytes / sizeof(uint4), checksum);
+  cuda::launch(
+      ctx, "read_memory",
+      {.grid = dim3(static_cast<unsigned>(kBlocksPerMultiprocessor * ctx.num_multiprocessors())),
+       .block = dim3(kThreads)},
+      read_kernel, static_cast<const uint4*>(memory), bytes / sizeof(uint4), checksum);
 }
 
 }  // namespace tinyvllm

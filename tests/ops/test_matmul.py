@@ -137,7 +137,7 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
     lanes = LANES[cpu_device.isa]
     # One step of k fills the lanes; the instruction for pairs of bfloat16 adds two in each, the
     # second of the pair first.
-    pair = 2 if (cpu_device.isa, x_dtype, w_dtype) == ("avx512bf16", "bfloat16", "bfloat16") else 1
+    pair = 2 if (x_dtype, w_dtype) == ("bfloat16", "bfloat16") else 1
     multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
 
     padding = [(0, 0), (0, -depth % (lanes * pair))]

@@ -1,5 +1,5 @@
-// How one product of a model is computed on the GPU: by which kernel, in which shape. The plan of an
-// op follows from the weight's shape and the number of rows alone, through a table that
+// How one product of a model is computed on the GPU: by which kernel, in which shape. The plan of
+// an op follows from the weight's shape and the number of rows alone, through a table that
 // benchmarks/tune_gemm.py writes (matmul_table.inc) and, for what is not in it, a rule.
 #pragma once
 
@@ -19,8 +19,9 @@ enum class MatmulKernel : std::uint8_t {
 
 struct MatmulPlan {
   MatmulKernel kernel = MatmulKernel::kPlain;
-  // kStreaming: which of streaming_shapes, how many blocks a multiprocessor gets at most, each doing
-  // several tiles (0: a block for each tile), and whether a norm in front is computed in the kernel.
+  // kStreaming: which of streaming_shapes, how many blocks a multiprocessor gets at most, each
+  // doing several tiles (0: a block for each tile), and whether a norm in front is computed in the
+  // kernel.
   int shape = 0;
   int blocks_per_multiprocessor = 0;
   bool fuses_norm = false;
@@ -44,7 +45,8 @@ struct MatmulCall {
   MutTensorView gate_up{};  // kNormSwiGlu
 };
 
-// The shapes of the streaming kernel: outputs and rows of a tile. The first ones can compute a norm.
+// The shapes of the streaming kernel: outputs and rows of a tile. The first ones can compute a
+// norm.
 struct StreamingTile {
   int outputs, rows;
 };

@@ -1,7 +1,7 @@
-// y = x W^T + b without tensor cores, for any sizes, strides and addresses and for float32: products
-// in float32, exactly as written. A warp computes a few outputs of a few rows; its lanes stride
-// along the depth, and their sums meet in a tree. The order of an output's sum depends on the depth
-// only.
+// y = x W^T + b without tensor cores, for any sizes, strides and addresses and for float32:
+// products in float32, exactly as written. A warp computes a few outputs of a few rows; its lanes
+// stride along the depth, and their sums meet in a tree. The order of an output's sum depends on
+// the depth only.
 #pragma once
 
 #include <cstdint>

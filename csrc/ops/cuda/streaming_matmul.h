@@ -1,5 +1,5 @@
-// The tensor-core kernel of y = x W^T for few rows of x: it streams the weights once, at the rate of
-// the memory, and leaves room for the next kernel to begin its own stream meanwhile.
+// The tensor-core kernel of y = x W^T for few rows of x: it streams the weights once, at the rate
+// of the memory, and leaves room for the next kernel to begin its own stream meanwhile.
 //
 // One block computes tiles of kTileOutputs outputs x kTileRows rows, one after the other; its eight
 // warps share the depth, each a contiguous range of it. A warp copies its own slices of the weights
@@ -7,8 +7,8 @@
 // warp until the eight partial sums are added, in the order of the warps.
 //
 // The weights are the 16-row side of the product, so that eight rows of x waste nothing. A product
-// does not care which k is which as long as both sides agree: lane (g, t) takes elements 8t .. 8t + 7
-// of 32 for its two products, so that every fragment is one 16-byte load from shared memory.
+// does not care which k is which as long as both sides agree: lane (g, t) takes elements 8t .. 8t +
+// 7 of 32 for its two products, so that every fragment is one 16-byte load from shared memory.
 //
 // The order in which an output is summed depends on the depth only, never on the shape of the tiles
 // or the number of rows: all instances of this kernel give the same bits (DESIGN 4.2), save those
@@ -34,7 +34,8 @@ struct StreamingArguments {
   const BFloat16* weight;  // [outputs, depth], aligned to 16 bytes, the depth a multiple of 8
   std::int64_t outputs;
   std::int64_t depth;
-  const void* x;  // [rows, depth] bfloat16, or float32 where the kernel normalises; rows aligned to 16
+  const void*
+      x;  // [rows, depth] bfloat16, or float32 where the kernel normalises; rows aligned to 16
   std::int64_t x_stride;
   int rows;
   const float* norm;  // [depth], aligned to 16, and eps: where the kernel normalises
@@ -47,8 +48,8 @@ struct StreamingArguments {
 inline constexpr int kStreamingWarps = 8;
 inline constexpr int kStreamingThreads = kStreamingWarps * kWarpSize;
 
-// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step of
-// the ring, kStages steps in it.
+// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step
+// of the ring, kStages steps in it.
 template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_>
 struct StreamingShape {
   static constexpr int kRowTiles = kRowTiles_;
@@ -91,9 +92,9 @@ struct StreamingLayout {
   }
 };
 
-// Where 16-byte column `column` of row `row` lies in a slice. Two rows of 64 bytes fill the banks by
-// themselves; of rows of 128 bytes every other one swaps its halves, so that eight lanes that read
-// four columns of two rows meet no bank twice.
+// Where 16-byte column `column` of row `row` lies in a slice. Two rows of 64 bytes fill the banks
+// by themselves; of rows of 128 bytes every other one swaps its halves, so that eight lanes that
+// read four columns of two rows meet no bank twice.
 template <typename Shape>
 __device__ inline int slice_offset(int row, int column) {
   const int swap = Shape::kSlice == 64 ? (row & 1) * 4 : 0;
@@ -115,15 +116,15 @@ __host__ __device__ inline int num_streaming_tiles(std::int64_t outputs, int row
          ((rows + Shape::kTileRows - 1) / Shape::kTileRows);
 }
 
-// kNormRows > 0: x is the float32 residual stream, at most so many rows of it. Each block multiplies
-// it by the norm's weights and rounds it to bfloat16; the scale 1 / sqrt(mean(x^2) + eps) of a row is
-// applied to the sums.
+// kNormRows > 0: x is the float32 residual stream, at most so many rows of it. Each block
+// multiplies it by the norm's weights and rounds it to bfloat16; the scale 1 / sqrt(mean(x^2) +
+// eps) of a row is applied to the sums.
 template <typename Shape, int kNormRows, Epilogue kEpilogue, typename Out>
 __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingArguments a) {
   constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
   constexpr int kSlice = Shape::kSlice, kStages = Shape::kStages;
-  constexpr int kVectors = kSlice / 8;                   // of 16 bytes in a row of a slice
-  constexpr int kRowsPerCopy = kWarpSize / kVectors;     // that a warp copies at a time
+  constexpr int kVectors = kSlice / 8;                // of 16 bytes in a row of a slice
+  constexpr int kRowsPerCopy = kWarpSize / kVectors;  // that a warp copies at a time
   constexpr bool kNormalises = kNormRows > 0;
   static_assert(!kNormalises || (kColumnTiles == 1 && kNormRows <= 8));
 
@@ -143,8 +144,10 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
   const int first_k = min(warp * share, depth), last_k = min(first_k + share, depth);
   const int steps = (last_k - first_k + kSlice - 1) / kSlice;
 
-  // The tiles of this block. Blocks that run side by side take the same weights for other rows of x.
-  const int group_outputs = static_cast<int>(kEpilogue == Epilogue::kSwiGlu ? a.outputs / 2 : a.outputs);
+  // The tiles of this block. Blocks that run side by side take the same weights for other rows of
+  // x.
+  const int group_outputs =
+      static_cast<int>(kEpilogue == Epilogue::kSwiGlu ? a.outputs / 2 : a.outputs);
   constexpr int kGroupOutputs = kTileGroup<Shape, kEpilogue>;
   const int column_blocks = (a.rows + Shape::kTileRows - 1) / Shape::kTileRows;
   const int num_tiles = num_streaming_tiles<Shape, kEpilogue>(a.outputs, a.rows);
@@ -208,7 +211,8 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
 #pragma unroll
     for (int i = 0; i < kEarlyScales; ++i) {
       const int k = 4 * (static_cast<int>(threadIdx.x) + i * kStreamingThreads);
-      early_scales[i] = k < depth ? *reinterpret_cast<const float4*>(a.norm + k) : float4{0, 0, 0, 0};
+      early_scales[i] =
+          k < depth ? *reinterpret_cast<const float4*>(a.norm + k) : float4{0, 0, 0, 0};
     }
   }
   let_next_begin();
@@ -281,7 +285,8 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
   }
 
   int stage = 0;
-  for (int tile = static_cast<int>(blockIdx.x); tile < num_tiles; tile += static_cast<int>(gridDim.x)) {
+  for (int tile = static_cast<int>(blockIdx.x); tile < num_tiles;
+       tile += static_cast<int>(gridDim.x)) {
     const int first_output = tile / column_blocks * kGroupOutputs;
     const int first_row = tile % column_blocks * Shape::kTileRows;
 
