@@ -10,7 +10,6 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,8 @@ from typing import Any
 
 import pytest
 
+import cli_process
+from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.conversation import Conversation
 from tinyvllm.cli.terminal import printable
@@ -26,7 +27,7 @@ from tinyvllm.cli.word_wrap import WordWrap
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
 
-COMMAND = [sys.executable, "-m", "tinyvllm.cli", "chat"]
+COMMAND = [*cli_process.COMMAND, "chat"]
 FOX = "Tell me a story about a brave fox"
 OWL = "Tell me a story about a shy owl"
 
@@ -498,8 +499,6 @@ def test_it_refuses_a_standard_input_that_is_no_terminal() -> None:
 def test_it_refuses_a_model_without_a_chat_template(
     terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:
-    from families import FAMILIES
-
     chat = terminal("--model", str(FAMILIES["llama-3.2-v5"].write(tmp_path)))
     chat.expect("the model has no chat template")
     assert chat.end()[0] == 2
