@@ -122,6 +122,15 @@ A line, and the keys of its answer:
     show_default=True,
     help="Sequences that run together.",
 )
+@option(
+    "--max-num-batched-tokens",
+    section="Engine",
+    type=Count(),
+    metavar="N",
+    default=2048,
+    show_default=True,
+    help="Tokens of a step; a signal waits for the end of one.",
+)
 @engine_options
 def command(**options: Any) -> int:
     """Answer a file of requests, one a line.
@@ -160,6 +169,7 @@ def command(**options: Any) -> int:
         options,
         quiet=quiet,
         max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=max(options["max_num_batched_tokens"], options["max_num_seqs"]),
         generation_config=options["generation_config"],
         seed=options["seed"],
     ) as llm:
