@@ -22,6 +22,7 @@ import pytest
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.conversation import Conversation
 from tinyvllm.cli.terminal import printable
+from tinyvllm.cli.word_wrap import WordWrap
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
 
@@ -262,6 +263,26 @@ def test_nothing_that_a_model_writes_drives_the_terminal() -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
     assert len(shown) == len(text)
     assert shown.endswith(" tab\t line\n caf\u00e9 \U0001f98a")
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 1000])
+def test_lines_break_between_words_however_the_text_comes(piece: int) -> None:
+    text = (
+        "The quick brown fox jumps\n  over it. A supercalifragilistic word or two.\n\n\u72d0\u72f8"
+    )
+    wrap = WordWrap(columns=10)
+    parts = [wrap.push(text[i : i + piece]) for i in range(0, len(text), piece)]
+    assert "".join(parts) + wrap.finish() == (
+        "The quick\nbrown fox\njumps\n  over it.\nA\nsupercalifragilistic\nword or\ntwo.\n\n"
+        "\u72d0\u72f8"
+    )
+
+
+def test_a_word_without_end_does_not_hold_the_text_back() -> None:
+    wrap = WordWrap(columns=80)
+    shown = wrap.push("x" * 1000)
+    assert len(shown) > 900
+    assert shown + wrap.finish() == "x" * 1000
 
 
 # --- In a terminal ------------------------------------------------------------------------------

@@ -12,6 +12,9 @@
 #include "cuda/memory.h"
 #include "cuda/upload.h"
 #endif
+#if defined(TINYVLLM_CUDA_EMULATE)
+#include "cuda/emulator/traps.h"
+#endif
 
 namespace py = pybind11;
 
@@ -83,6 +86,11 @@ void bind_cuda(py::module_& module) {
                              [](const CudaContext& ctx) { return ctx.cublaslt().version(); });
   module.def("upload_and_read_back", &upload_and_read_back, py::arg("ctx"), py::arg("arrays"),
              py::arg("num_threads"));
+#if defined(TINYVLLM_CUDA_EMULATE)
+  module.def("trap_names", &cuda::traps::names);
+  module.def("run_trap", &cuda::traps::run, py::arg("ctx"), py::arg("name"),
+             py::arg("with_mistake"));
+#endif
 }
 
 #else

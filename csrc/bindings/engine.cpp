@@ -14,9 +14,9 @@
 
 #include "base/errors.h"
 #include "base/host.h"
+#include "base/philox.h"
 #include "bindings/bindings.h"
 #include "engine/make_runner.h"
-#include "engine/philox.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -295,15 +295,16 @@ class Model {
   Model(const std::filesystem::path& directory, const std::string& dtype, int num_threads,
         std::int64_t block_size, const std::string& device, bool enforce_eager,
         bool batch_invariant)
-      : checkpoint_(Checkpoint::open(directory)),
-        config_{.device = parse_device(device),
-                .dtype = parse_dtype(dtype),
-                .max_num_seqs = 1,
-                .block_size = block_size,
-                .num_threads = num_threads,
-                .enforce_eager = enforce_eager,
-                .batch_invariant = batch_invariant,
-                .cuda_library_directories = cuda_library_directories()} {}
+      : checkpoint_(Checkpoint::open(directory)) {
+    config_.device = parse_device(device);
+    config_.dtype = parse_dtype(dtype);
+    config_.max_num_seqs = 1;
+    config_.block_size = block_size;
+    config_.num_threads = num_threads;
+    config_.enforce_eager = enforce_eager;
+    config_.batch_invariant = batch_invariant;
+    config_.cuda_library_directories = cuda_library_directories();
+  }
 
   py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) const {
     const std::int64_t total = token_ids.size(), vocab = checkpoint_.config().vocab_size;
@@ -354,7 +355,7 @@ class Model {
 
  private:
   const Checkpoint checkpoint_;
-  const EngineConfig config_;
+  EngineConfig config_;
 };
 
 // A pool and its cache in one, because neither can be used without the other.
@@ -442,7 +443,7 @@ void bind_parts(py::module_& module) {
       "eos_token_ids"_a = std::vector<std::int32_t>(), "sample_index"_a = 0,
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
-  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
+  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/base/philox.h.");
 }
 
 }  // namespace

@@ -12,7 +12,9 @@
 #include "base/tensor.h"
 #include "ops/cpu_context.h"
 #include "ops/kv_cache.h"
+#include "ops/matmul.h"
 #if defined(TINYVLLM_HAS_CUDA)
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -36,6 +38,7 @@ class Operands<CpuContext> {
   std::span<const T> read(std::span<const T> values) {
     return values;
   }
+  const Weight& read(const Weight& weight) { return weight; }
   MutTensorView write(MutTensorView view) { return view; }
   KvLayer write(const KvLayer& layer) { return layer; }
   void finish() {}
@@ -59,6 +62,38 @@ class Operands<CudaContext> {
     if (values.empty()) return values;
     return {reinterpret_cast<const T*>(upload(values.data(), values.size_bytes(), 1, 0)),
             values.size()};
+  }
+  // The row blocks side by side, as CUDA wants them; zeros for the biases that are absent if one is
+  // not.
+  Weight read(const Weight& weight) {
+    const std::size_t row_bytes = static_cast<std::size_t>(weight.depth) * size_of(weight.dtype);
+    const auto outputs = static_cast<std::size_t>(weight.outputs());
+    Weight stacked;
+    stacked.depth = weight.depth;
+    stacked.dtype = weight.dtype;
+    RowBlock& whole = stacked.blocks[0];
+    whole.rows = weight.outputs();
+    if (weight.blocks[0].rows == whole.rows) {
+      whole.data = upload(weight.blocks[0].data, row_bytes, outputs, row_bytes);
+    } else {
+      std::vector<std::byte> rows;
+      for (const RowBlock& block : weight.blocks) {
+        const auto* data = static_cast<const std::byte*>(block.data);
+        rows.insert(rows.end(), data, data + static_cast<std::size_t>(block.rows) * row_bytes);
+      }
+      whole.data = upload(rows.data(), rows.size(), 1, 0);
+    }
+    std::vector<float> bias(outputs);
+    std::size_t first = 0;
+    for (const RowBlock& block : weight.blocks) {
+      if (block.bias != nullptr) {
+        std::copy_n(block.bias, block.rows, bias.begin() + static_cast<std::ptrdiff_t>(first));
+        whole.bias = bias.data();
+      }
+      first += static_cast<std::size_t>(block.rows);
+    }
+    if (whole.bias != nullptr) whole.bias = read(std::span<const float>(bias)).data();
+    return stacked;
   }
   // With what lies in it now, too.
   MutTensorView write(MutTensorView view) {
@@ -96,7 +131,8 @@ class Operands<CudaContext> {
     cuda::DeviceMemory memory;
     std::byte* start;
     std::size_t row_bytes, rows, stride;
-    std::vector<std::byte> bytes;  // from the first to the last element; lives until they are copied
+    std::vector<std::byte>
+        bytes;  // from the first to the last element; lives until they are copied
   };
   struct Written {
     std::byte* host;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/errors.h"
+#include "bindings/attention.h"
 #include "bindings/bindings.h"
 #include "bindings/operands.h"
 #include "model/rope_frequencies.h"
@@ -24,6 +25,10 @@
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/silu_mul.h"
+
+#if defined(TINYVLLM_HAS_CUDA)
+#include "ops/cuda/matmul_plan.h"
+#endif
 
 namespace py = pybind11;
 
@@ -147,10 +152,13 @@ Weight weight_of(const std::vector<py::array>& blocks,
 
 py::array bind_matmul(const AnyContext& any, const py::array& x,
                       const std::vector<py::array>& blocks,
-                      const std::vector<std::optional<Floats>>& biases) {
+                      const std::vector<std::optional<Floats>>& biases,
+                      const std::string& out_dtype) {
   const Weight weight = weight_of(blocks, biases);
-  py::array out = make(DType::kFloat32, view(x).rows, weight.outputs());
-  matmul(cpu_of(any), view(x), weight, view(out));
+  py::array out = make(named(out_dtype), view(x).rows, weight.outputs());
+  run(any, [&](const auto& ctx, auto& operands) {
+    matmul(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(out)));
+  });
   return out;
 }
 
@@ -158,21 +166,28 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
 py::array bind_matmul_add(const AnyContext& any, const py::array& x,
                           const std::vector<py::array>& blocks, const Floats& residual,
                           const std::vector<std::optional<Floats>>& biases) {
+  const Weight weight = weight_of(blocks, biases);
   py::array sum = py::array(residual).attr("copy")();
-  matmul_add(cpu_of(any), view(x), weight_of(blocks, biases), view(sum));
+  run(any, [&](const auto& ctx, auto& operands) {
+    matmul_add(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(sum)));
+  });
   return sum;
 }
 
 // `dtype`: of the rows that enter the product.
 py::array bind_norm_matmul(const AnyContext& any, const py::array& x, const Floats& norm, float eps,
                            const std::vector<py::array>& blocks, const std::string& dtype,
-                           const std::vector<std::optional<Floats>>& biases) {
+                           const std::vector<std::optional<Floats>>& biases,
+                           const std::string& out_dtype) {
   const MutTensorView source = float_view(x);
   const Weight weight = weight_of(blocks, biases);
   if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
   const py::array normalized = make(named(dtype), source.rows, source.cols);
-  py::array out = make(DType::kFloat32, source.rows, weight.outputs());
-  norm_matmul(cpu_of(any), source, norm.data(), eps, weight, view(normalized), view(out));
+  py::array out = make(named(out_dtype), source.rows, weight.outputs());
+  run(any, [&](const auto& ctx, auto& operands) {
+    norm_matmul(ctx, operands.read(source), operands.read(span_of(norm)).data(), eps,
+                operands.read(weight), operands.write(view(normalized)), operands.write(view(out)));
+  });
   return out;
 }
 
@@ -184,11 +199,60 @@ py::array bind_norm_swiglu(const AnyContext& any, const py::array& x, const Floa
   if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
   if (weight.outputs() % 2 != 0) refuse("the weight has an odd number of rows");
   const py::array normalized = make(named(dtype), source.rows, source.cols);
-  const py::array gate_up = make(DType::kFloat32, source.rows, weight.outputs());
+  const DType product = on_cpu(any) ? DType::kFloat32 : named(dtype);
+  const py::array gate_up = make(product, source.rows, weight.outputs());
   py::array out = make(named(dtype), source.rows, weight.outputs() / 2);
-  norm_swiglu(cpu_of(any), source, norm.data(), eps, weight, view(normalized), view(gate_up), view(out));
+  run(any, [&](const auto& ctx, auto& operands) {
+    norm_swiglu(ctx, operands.read(source), operands.read(span_of(norm)).data(), eps,
+                operands.read(weight), operands.write(view(normalized)),
+                operands.write(view(gate_up)), operands.write(view(out)));
+  });
   return out;
 }
+
+#if defined(TINYVLLM_HAS_CUDA)
+
+// One of the four above, by a plan of the caller's choice: "store" and "add" take x as it is,
+// "norm" and "swiglu" the float32 residual stream. Returns what was written.
+py::array bind_matmul_by_plan(const CudaContext& ctx, const cuda::MatmulPlan& plan,
+                              const std::string& use, const py::array& x,
+                              const std::vector<py::array>& blocks,
+                              const std::vector<std::optional<Floats>>& biases,
+                              const std::optional<Floats>& norm, float eps,
+                              const std::optional<Floats>& residual, const std::string& out_dtype) {
+  const Weight weight = weight_of(blocks, biases);
+  const bool normalises = use == "norm" || use == "swiglu";
+  const bool swiglu = use == "swiglu", adds = use == "add";
+  if (!normalises && !adds && use != "store") refuse("unknown use \"" + use + "\"");
+  if (normalises != norm.has_value() || adds != residual.has_value()) {
+    refuse("a norm goes with norm and swiglu, a residual with add");
+  }
+  const MutTensorView source = view(x);
+  const py::array normalized = make(weight.dtype, source.rows, source.cols);
+  const py::array gate_up = make(weight.dtype, source.rows, weight.outputs());
+  py::array out = adds ? py::array(residual->attr("copy")())
+                       : make(named(out_dtype), source.rows, weight.outputs() / (swiglu ? 2 : 1));
+
+  Operands<CudaContext> operands(ctx);
+  const Weight stacked = operands.read(weight);
+  cuda::MatmulCall call;
+  call.use = swiglu       ? cuda::MatmulUse::kNormSwiGlu
+             : normalises ? cuda::MatmulUse::kNorm
+             : adds       ? cuda::MatmulUse::kAdd
+                          : cuda::MatmulUse::kStore;
+  call.x = operands.read(source);
+  call.weight = &stacked;
+  call.out = operands.write(view(out));
+  call.norm = operands.read(span_of(norm)).data();
+  call.eps = eps;
+  call.normalized = operands.write(view(normalized));
+  call.gate_up = operands.write(view(gate_up));
+  cuda::run(ctx, call, plan);
+  operands.finish();
+  return out;
+}
+
+#endif
 
 py::array bind_silu_mul(const AnyContext& any, const py::array& gate_up, const std::string& dtype) {
   const MutTensorView source = product_view(any, gate_up);
@@ -261,32 +325,46 @@ py::array bind_qk_norm_rope_and_cache(const AnyContext& any, const py::array& qk
   return result;
 }
 
-// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows.
+// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows. On CUDA,
+// (-1, 1, []) is a padded row.
 py::array bind_paged_attention(
     const AnyContext& any, const py::array& q, py::array keys, py::array values,
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
-    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype) {
-  const KvLayer cache = kv_layer(keys, values);
-  const MutTensorView queries = float_view(q);
-  if (num_heads < 1 || num_heads % cache.shape.num_kv_heads != 0 ||
-      queries.cols != num_heads * cache.shape.head_dim) {
+    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype,
+    bool as_chunks) {
+  AttentionCall call{.queries = product_view(any, q),
+                     .cache = kv_layer(keys, values),
+                     .sequences = {},
+                     .table_sizes = {},
+                     .num_heads = num_heads,
+                     .window = window,
+                     .scale = scale,
+                     .as_chunks = as_chunks,
+                     .out = {}};
+  const KvShape& shape = call.cache.shape;
+  if (num_heads < 1 || num_heads % shape.num_kv_heads != 0 ||
+      call.queries.cols != num_heads * shape.head_dim) {
     refuse("q is not [tokens, num_heads * head_dim] with num_heads a multiple of num_kv_heads");
   }
-  std::vector<BatchSequence> batch;
+  if (!on_cpu(any) && (call.queries.dtype != shape.dtype || named(dtype) != shape.dtype)) {
+    refuse("q, the cache and the result differ in dtype");
+  }
   std::int64_t first_token = 0;
   for (const auto& [first_position, num_tokens, table] : sequences) {
-    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * cache.shape.block_size;
-    if (first_position < 0 || num_tokens < 0) refuse("a position is negative");
+    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * shape.block_size;
+    if (first_position < (on_cpu(any) ? 0 : -1) || num_tokens < 0) refuse("a position is negative");
     if (first_position + num_tokens > covered) refuse("a block table is too short");
     for (const std::int32_t block : table) {
-      if (block < 0 || block >= cache.shape.num_blocks) refuse("a block is outside the pool");
+      if (block < 0 || block >= shape.num_blocks) refuse("a block is outside the pool");
     }
-    batch.push_back({first_token, num_tokens, first_position, table.data()});
+    call.sequences.push_back({first_token, num_tokens, first_position, table.data()});
+    call.table_sizes.push_back(std::ssize(table));
     first_token += num_tokens;
   }
-  if (first_token != queries.rows) refuse("the sequences do not cover the rows of q");
-  py::array out = make(named(dtype), queries.rows, num_heads * cache.shape.head_dim);
-  paged_attention(cpu_of(any), queries, cache, batch, num_heads, window, scale, view(out));
+  if (first_token != call.queries.rows) refuse("the sequences do not cover the rows of q");
+  py::array out = make(named(dtype), call.queries.rows, num_heads * shape.head_dim);
+  call.out = view(out);
+  run(any, [&](const auto& ctx, auto& operands) { attend(ctx, operands, call); });
   return out;
 }
 
@@ -350,15 +428,23 @@ void bind_ops(py::module_& module) {
   ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"),
           py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
-          py::arg("biases") = std::vector<std::optional<Floats>>());
+          py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("out_dtype") = "float32");
   ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
           py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>());
   ops.def("norm_matmul", &bind_norm_matmul, py::arg("ctx"), py::arg("x"), py::arg("norm"),
           py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
-          py::arg("biases") = std::vector<std::optional<Floats>>());
+          py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("out_dtype") = "float32");
   ops.def("norm_swiglu", &bind_norm_swiglu, py::arg("ctx"), py::arg("x"), py::arg("norm"),
           py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
           py::arg("biases") = std::vector<std::optional<Floats>>());
+#if defined(TINYVLLM_HAS_CUDA)
+  ops.def("matmul_by_plan", &bind_matmul_by_plan, py::arg("ctx"), py::arg("plan"), py::arg("use"),
+          py::arg("x"), py::arg("blocks"), py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("norm") = py::none(), py::arg("eps") = 0.0f, py::arg("residual") = py::none(),
+          py::arg("out_dtype") = "float32");
+#endif
   ops.def("silu_mul", &bind_silu_mul, py::arg("ctx"), py::arg("gate_up"),
           py::arg("dtype") = "float32");
   ops.def("rope_angles", &bind_rope_angles, py::arg("ctx"), py::arg("positions"),
@@ -369,7 +455,7 @@ void bind_ops(py::module_& module) {
   ops.def("copy_blocks", &bind_copy_blocks, py::arg("ctx"), py::arg("pool"), py::arg("copies"));
   ops.def("paged_attention", &bind_paged_attention, py::arg("ctx"), py::arg("q"), py::arg("keys"),
           py::arg("values"), py::arg("sequences"), py::arg("num_heads"), py::arg("window") = 0,
-          py::arg("scale") = 1.0f, py::arg("dtype") = "float32");
+          py::arg("scale") = 1.0f, py::arg("dtype") = "float32", py::arg("as_chunks") = false);
 }
 
 }  // namespace tinyvllm

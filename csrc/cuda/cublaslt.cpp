@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <tuple>
 
@@ -44,10 +45,13 @@ struct Library {
     find(handle, create, "cublasLtCreate");
     find(handle, destroy, "cublasLtDestroy");
     find(handle, version, "cublasLtGetVersion");
-    find(handle, product_init, "cublasLtMatmulDescInit_internal");
+    find(handle, product_create, "cublasLtMatmulDescCreate");
+    find(handle, product_destroy, "cublasLtMatmulDescDestroy");
     find(handle, product_set, "cublasLtMatmulDescSetAttribute");
-    find(handle, layout_init, "cublasLtMatrixLayoutInit_internal");
-    find(handle, preference_init, "cublasLtMatmulPreferenceInit_internal");
+    find(handle, layout_create, "cublasLtMatrixLayoutCreate");
+    find(handle, layout_destroy, "cublasLtMatrixLayoutDestroy");
+    find(handle, preference_create, "cublasLtMatmulPreferenceCreate");
+    find(handle, preference_destroy, "cublasLtMatmulPreferenceDestroy");
     find(handle, preference_set, "cublasLtMatmulPreferenceSetAttribute");
     find(handle, propose, "cublasLtMatmulAlgoGetHeuristic");
     find(handle, multiply, "cublasLtMatmul");
@@ -65,10 +69,13 @@ struct Library {
   decltype(cublasLtCreate)* create = nullptr;
   decltype(cublasLtDestroy)* destroy = nullptr;
   decltype(cublasLtGetVersion)* version = nullptr;
-  decltype(cublasLtMatmulDescInit_internal)* product_init = nullptr;
+  decltype(cublasLtMatmulDescCreate)* product_create = nullptr;
+  decltype(cublasLtMatmulDescDestroy)* product_destroy = nullptr;
   decltype(cublasLtMatmulDescSetAttribute)* product_set = nullptr;
-  decltype(cublasLtMatrixLayoutInit_internal)* layout_init = nullptr;
-  decltype(cublasLtMatmulPreferenceInit_internal)* preference_init = nullptr;
+  decltype(cublasLtMatrixLayoutCreate)* layout_create = nullptr;
+  decltype(cublasLtMatrixLayoutDestroy)* layout_destroy = nullptr;
+  decltype(cublasLtMatmulPreferenceCreate)* preference_create = nullptr;
+  decltype(cublasLtMatmulPreferenceDestroy)* preference_destroy = nullptr;
   decltype(cublasLtMatmulPreferenceSetAttribute)* preference_set = nullptr;
   decltype(cublasLtMatmulAlgoGetHeuristic)* propose = nullptr;
   decltype(cublasLtMatmul)* multiply = nullptr;
@@ -78,29 +85,43 @@ cudaDataType_t type_of(DType dtype) {
   return dtype == DType::kFloat32 ? CUDA_R_32F : CUDA_R_16BF;
 }
 
+// One of the library's objects, which it makes and destroys itself: their size is its own affair.
+template <typename Object>
+using Owned = std::unique_ptr<Object, cublasStatus_t (*)(Object*)>;
+
 // The library thinks in columns: a row-major [rows, cols] matrix is to it a [cols, rows] one. So it
 // computes out^T[outputs, rows] = weight[outputs, depth] x^T[depth, rows].
 struct Description {
-  Description(const Library& library, const Product& p) {
-    check(library.product_init(&product, sizeof product, CUBLAS_COMPUTE_32F, CUDA_R_32F),
-          "describing a product");
+  Description(const Library& library, const Product& p)
+      : product(make_product(library)),
+        weight(make_layout(library, p.dtype, p.depth, p.outputs, p.depth)),
+        x(make_layout(library, p.dtype, p.depth, p.rows, p.x_stride)),
+        out(make_layout(library, p.out_dtype, p.outputs, p.rows, p.out_stride)) {
     const cublasOperation_t transposed = CUBLAS_OP_T;
-    check(library.product_set(&product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed),
+    check(library.product_set(product.get(), CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
+                              sizeof transposed),
           "describing a product");
-    const auto layout = [&](cublasLtMatrixLayoutOpaque_t& matrix, DType dtype, std::int64_t rows,
-                            std::int64_t cols, std::int64_t stride) {
-      check(library.layout_init(&matrix, sizeof matrix, type_of(dtype),
-                                static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(cols),
-                                stride),
-            "describing a matrix");
-    };
-    layout(weight, p.dtype, p.depth, p.outputs, p.depth);
-    layout(x, p.dtype, p.depth, p.rows, p.x_stride);
-    layout(out, p.out_dtype, p.outputs, p.rows, p.out_stride);
   }
 
-  cublasLtMatmulDescOpaque_t product{};
-  cublasLtMatrixLayoutOpaque_t weight{}, x{}, out{};
+  Owned<cublasLtMatmulDescOpaque_t> product;
+  Owned<cublasLtMatrixLayoutOpaque_t> weight, x, out;
+
+ private:
+  static Owned<cublasLtMatmulDescOpaque_t> make_product(const Library& library) {
+    cublasLtMatmulDesc_t made = nullptr;
+    check(library.product_create(&made, CUBLAS_COMPUTE_32F, CUDA_R_32F), "describing a product");
+    return {made, library.product_destroy};
+  }
+
+  static Owned<cublasLtMatrixLayoutOpaque_t> make_layout(const Library& library, DType dtype,
+                                                         std::int64_t rows, std::int64_t cols,
+                                                         std::int64_t stride) {
+    cublasLtMatrixLayout_t made = nullptr;
+    check(library.layout_create(&made, type_of(dtype), static_cast<std::uint64_t>(rows),
+                                static_cast<std::uint64_t>(cols), stride),
+          "describing a matrix");
+    return {made, library.layout_destroy};
+  }
 };
 
 }  // namespace
@@ -120,7 +141,7 @@ struct CublasLt::State {
   };
 
   // The plan for a shape, made when it is first asked for.
-  Plan& plan(const Product& p) {
+  const Plan& plan(const Product& p) {
     const Key key{p.rows,       p.outputs, p.depth,     p.x_stride,
                   p.out_stride, p.dtype,   p.out_dtype, p.accumulate};
     const std::lock_guard lock(mutex);
@@ -128,17 +149,19 @@ struct CublasLt::State {
     if (found != plans.end()) return found->second;
 
     Plan made{Description(library, p), {}};
-    cublasLtMatmulPreferenceOpaque_t preference{};
-    check(library.preference_init(&preference, sizeof preference), "asking for algorithms");
+    cublasLtMatmulPreference_t made_preference = nullptr;
+    check(library.preference_create(&made_preference), "asking for algorithms");
+    const Owned<cublasLtMatmulPreferenceOpaque_t> preference(made_preference,
+                                                             library.preference_destroy);
     const std::uint64_t bytes = kWorkspaceBytes;
-    check(library.preference_set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+    check(library.preference_set(preference.get(), CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
                                  sizeof bytes),
           "asking for algorithms");
     cublasLtMatmulHeuristicResult_t results[kMaxAlgorithms];
     int count = 0;
-    Description& d = made.description;
-    library.propose(handle, &d.product, &d.weight, &d.x, &d.out, &d.out, &preference, kMaxAlgorithms,
-                    results, &count);
+    const Description& d = made.description;
+    library.propose(handle, d.product.get(), d.weight.get(), d.x.get(), d.out.get(), d.out.get(),
+                    preference.get(), kMaxAlgorithms, results, &count);
     for (int i = 0; i < count; ++i) {
       if (results[i].state == CUBLAS_STATUS_SUCCESS) made.algorithms.push_back(results[i].algo);
     }
@@ -175,13 +198,13 @@ int CublasLt::num_algorithms(const Product& product) const {
 
 void CublasLt::multiply(const CudaContext& ctx, const Product& product, const void* x,
                         const void* weight, void* out, int rank) const {
-  State::Plan& plan = state_->plan(product);
-  Description& d = plan.description;  // the library only reads it, but does not say so
+  const State::Plan& plan = state_->plan(product);
+  const Description& d = plan.description;
   const std::size_t last = plan.algorithms.size() - 1;
   const float one = 1, before = product.accumulate ? 1.0f : 0.0f;
   check(state_->library.multiply(
-            state_->handle, &d.product, &one, weight, &d.weight, x, &d.x, &before, out, &d.out, out,
-            &d.out, &plan.algorithms[std::min(static_cast<std::size_t>(rank), last)],
+            state_->handle, d.product.get(), &one, weight, d.weight.get(), x, d.x.get(), &before, out,
+            d.out.get(), out, d.out.get(), &plan.algorithms[std::min(static_cast<std::size_t>(rank), last)],
             state_->workspace.data(), kWorkspaceBytes, ctx.stream()),
         "multiplying");
 }

@@ -61,6 +61,24 @@ __device__ inline uint4 load_streaming(const void* address) {
   return v;
 }
 
+// The same, or zeros where `valid` is false; then the address is not read. No branch.
+__device__ inline uint4 load_streaming(const void* address, bool valid) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid)));
+  return v;
+}
+
 // --- bfloat16 ----------------------------------------------------------------------------------------
 
 // Two floats rounded to bfloat16, the first one in the low half.
@@ -73,6 +91,19 @@ __device__ inline std::uint32_t pack_bfloat16(float low, float high) {
 __device__ inline float low_bfloat16(std::uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ inline float high_bfloat16(std::uint32_t packed) {
   return __uint_as_float(packed & 0xffff0000u);
+}
+
+__device__ inline BFloat16 round_to_bfloat16(float value) {
+  return {static_cast<std::uint16_t>(pack_bfloat16(value, 0.0f))};
+}
+
+// --- Arithmetic -----------------------------------------------------------------------------------
+
+// 2^x to two units in the last place; results below 2^-126 are zero.
+__device__ inline float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // --- Asynchronous copies into shared memory ------------------------------------------------------

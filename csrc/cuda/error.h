@@ -9,10 +9,15 @@
 
 namespace tinyvllm::cuda {
 
+// With a full stop at its end: CUDA's texts have none, those of the emulator have.
+inline std::string sentence(const std::string& text) {
+  return text.ends_with('.') ? text : text + ".";
+}
+
 // Throws DeviceError "cuda: WHAT: CUDA's own words." unless `error` is cudaSuccess.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw DeviceError("cuda: " + std::string(what) + ": " + cudaGetErrorString(error) + ".");
+  throw DeviceError("cuda: " + std::string(what) + ": " + sentence(cudaGetErrorString(error)));
 }
 
 }  // namespace tinyvllm::cuda

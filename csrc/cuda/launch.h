@@ -37,16 +37,20 @@ void launch(const CudaContext& ctx, const char* name, const LaunchShape& shape,
       ctx.stream(), emulator::make_kernel(name, shape.grid, shape.block, shape.shared_bytes,
                                           shape.overlaps_previous, kernel, arguments...));
 #else
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  // Two kernels share a multiprocessor only if it is split into L1 cache and shared memory as both
+  // want it: those that overlap all want as much shared memory as there is.
+  cudaLaunchAttribute overlap[2] = {};
+  overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap[0].val.programmaticStreamSerializationAllowed = 1;
+  overlap[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  overlap[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = ctx.stream();
-  config.attrs = &overlap;
-  config.numAttrs = shape.overlaps_previous && ctx.compute_capability() >= 90 ? 1 : 0;
+  config.attrs = overlap;
+  config.numAttrs = shape.overlaps_previous && ctx.compute_capability() >= 90 ? 2 : 0;
 
   constexpr std::size_t kSharedWithoutOptIn = 48 * 1024;
   cudaError_t error = cudaSuccess;
@@ -64,7 +68,7 @@ void launch(const CudaContext& ctx, const char* name, const LaunchShape& shape,
     };
     throw DeviceError("cuda: kernel " + std::string(name) + ", grid " + text(shape.grid) +
                       ", block " + text(shape.block) + ", " + std::to_string(shape.shared_bytes) +
-                      " bytes of shared memory: " + cudaGetErrorString(error) + ".");
+                      " bytes of shared memory: " + sentence(cudaGetErrorString(error)));
   }
 }
 

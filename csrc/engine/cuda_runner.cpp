@@ -1,16 +1,13 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <map>
 #include <set>
 #include <utility>
 
 #include "base/errors.h"
+#include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
-#include "ops/matmul.h"
 #include "ops/paged_attention.h"
 
 namespace tinyvllm {
@@ -64,20 +61,6 @@ TokenLogprobs read_logprobs(const LogprobOutputs& outputs, std::int64_t row, std
           .top_logprobs = {at.top_logprobs, at.top_logprobs + k}};
 }
 
-SampleRow sample_row(const Draw& draw, std::int32_t logits_row) {
-  const Request& request = *draw.sequence->request;
-  const SamplingParams& params = request.params;
-  return {.logits_row = logits_row,
-          .top_k = std::max(0, params.top_k),
-          .inverse_temperature = params.greedy() ? 0.0f : inverse_temperature(params),
-          .log_min_p = log_min_p(params),
-          .top_p = params.top_p,
-          .seed = request.seed,
-          .sample_index = static_cast<std::uint32_t>(draw.sample),
-          .position = static_cast<std::uint32_t>(draw.sequence->num_tokens()),
-          .num_logprobs = params.logprobs.value_or(-1)};
-}
-
 }  // namespace
 
 CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
@@ -112,7 +95,7 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
   const ModelConfig& config = model_.config();
   ctx_.reserve_workspace(std::max(
       {paged_attention_workspace_bytes(max_decode_items(0), config.num_heads, config.head_dim),
-       sample_workspace_bytes(options.max_draws), matmul_workspace_bytes()}));
+       sample_workspace_bytes(options.max_draws)}));
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx_, tables_.data(), 0, tables_.size());
 }
@@ -228,7 +211,7 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
       const std::int64_t position = first + i;
       const bool known = position < std::ssize(sequence.tokens);
       tokens.host[row] = known ? sequence.tokens[static_cast<std::size_t>(position)] : 0;
-      sources.host[row] = known ? -1 : sequence.pending;
+      sources.host[row] = known ? -1 : sequence.pending_draw;
       positions.host[row] = static_cast<std::int32_t>(position);
       slots.host[row] = sequence.slot(position, options_.block_size);
       device_rows_[static_cast<std::size_t>(entry.plan_row + i)] = row;
@@ -373,8 +356,7 @@ void CudaRunner::draw(const StepPlan& plan, InFlight& step) {
     const std::int32_t logits_row = logits_index_[static_cast<std::size_t>(device_row)];
     if (logits_row == last_edited) continue;
     last_edited = logits_row;
-    const std::vector<LogitEdit> own = edits_of(draw, logits_row);
-    edits.insert(edits.end(), own.begin(), own.end());
+    append_logit_edits(*draw.sequence, eos_token_ids_, logits_row, edits);
   }
   draw_inputs_.begin(ctx_, num_launched_,
                      plan.draws.size() * sizeof(SampleRow) + edits.size() * sizeof(LogitEdit) + 64);
@@ -385,7 +367,8 @@ void CudaRunner::draw(const StepPlan& plan, InFlight& step) {
   for (std::int32_t i = 0; i < num_draws; ++i) {
     const Draw& draw = plan.draws[static_cast<std::size_t>(i)];
     const std::int32_t device_row = device_rows_[static_cast<std::size_t>(draw.row)];
-    rows.host[i] = sample_row(draw, logits_index_[static_cast<std::size_t>(device_row)]);
+    rows.host[i] = sample_row(*draw.sequence, draw.sample,
+                              logits_index_[static_cast<std::size_t>(device_row)]);
     any_filter = any_filter || rows.host[i].has_filter();
     any_logprobs = any_logprobs || rows.host[i].num_logprobs >= 0;
     step.origins.emplace_back(*draw.sequence);
@@ -412,37 +395,6 @@ void CudaRunner::draw(const StepPlan& plan, InFlight& step) {
     cuda::copy_to_host(ctx_, draw_logprobs_.host[slot].data(), draw_logprobs_.device.data(),
                        draw_logprobs_.device.size());
   }
-}
-
-// What logit_bias, min_tokens and the penalties do to one row, in the CPU's order (sampler.cpp).
-std::vector<LogitEdit> CudaRunner::edits_of(const Draw& draw, std::int32_t logits_row) const {
-  const Sequence& sequence = *draw.sequence;
-  const SamplingParams& params = sequence.request->params;
-  std::map<std::int32_t, LogitEdit> by_token;
-  const auto edit = [&](std::int32_t token) -> LogitEdit& {
-    LogitEdit& entry = by_token[token];
-    entry.logits_row = logits_row;
-    entry.token = token;
-    return entry;
-  };
-  for (const auto& [token, bias] : params.logit_bias) edit(token).bias += static_cast<float>(bias);
-  if (sequence.num_output_tokens() < static_cast<std::size_t>(params.min_tokens)) {
-    for (const std::int32_t token : params.stop_token_ids) edit(token).masked = 1;
-    if (!params.ignore_eos) {
-      for (const std::int32_t token : eos_token_ids_) edit(token).masked = 1;
-    }
-  }
-  if (params.repetition_penalty != 1.0) {
-    const float penalty = positive_float(params.repetition_penalty);
-    for (const std::int32_t token : sequence.tokens) edit(token).repetition = penalty;
-  }
-  for (const auto& [token, count] : sequence.output_counts) {
-    edit(token).penalty = static_cast<float>(params.frequency_penalty * count +
-                                             params.presence_penalty * (count > 0 ? 1.0 : 0.0));
-  }
-  std::vector<LogitEdit> edits;
-  for (const auto& [token, entry] : by_token) edits.push_back(entry);
-  return edits;
 }
 
 void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {

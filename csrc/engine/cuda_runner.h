@@ -88,7 +88,6 @@ class CudaRunner : public Runner {
   void compute_as_graph(const DeviceBatch& batch);
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
   void draw(const StepPlan& plan, InFlight& step);
-  std::vector<LogitEdit> edits_of(const Draw& draw, std::int32_t logits_row) const;
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
   void make_room(LogprobBuffers& buffers, std::int64_t rows);
   std::int32_t* device_tokens() const { return results_.as<std::int32_t>(); }

@@ -9,8 +9,8 @@
 
 #include "base/errors.h"
 #include "base/host.h"
+#include "base/philox.h"
 #include "engine/make_runner.h"
-#include "engine/philox.h"
 
 namespace tinyvllm {
 namespace {
@@ -320,7 +320,8 @@ void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
     in_flight.targets.insert(in_flight.targets.end(), forks.begin(), forks.end());
   }
   for (std::size_t i = 0; i < in_flight.targets.size(); ++i) {
-    in_flight.targets[i]->pending = static_cast<std::int32_t>(i);
+    ++in_flight.targets[i]->num_pending;
+    in_flight.targets[i]->pending_draw = static_cast<std::int32_t>(i);
   }
 }
 
@@ -353,7 +354,7 @@ void Engine::collect_oldest(StepOutput& output) {
   for (std::size_t i = 0; i < step.targets.size(); ++i) {
     Sequence* sequence = step.targets[i];
     if (sequence == nullptr) continue;
-    sequence->pending = -1;
+    --sequence->num_pending;
     if (result.errors[i]) {
       failed.emplace(sequence->request->id, result.errors[i]);
     } else {

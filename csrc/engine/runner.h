@@ -35,7 +35,7 @@ struct PromptRow {
 
 // A step. The batch is the scheduled tokens of its sequences, one sequence after the other; they
 // begin at num_computed_tokens, and the last of them may be the one that the step in flight samples
-// (Sequence::pending).
+// (Sequence::pending_draw).
 struct StepPlan {
   const std::vector<ScheduledSequence>& sequences;
   const std::vector<BlockCopy>& copies;

@@ -2,15 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <limits>
-#include <numbers>
 #include <numeric>
 #include <string>
 
 #include "base/errors.h"
-#include "engine/philox.h"
+#include "ops/gumbel.h"
 
 namespace tinyvllm {
 namespace {
@@ -99,23 +97,6 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<co
   return kept;
 }
 
-// The random bits of the tokens 4 i .. 4 i + 3: one Philox call has room for four.
-std::array<std::uint32_t, 4> token_noise(std::uint64_t seed, std::uint32_t sample_index,
-                                         std::uint32_t position, std::uint32_t i) {
-  return philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
-                {i, position, sample_index, 0});
-}
-
-// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts
-// of (0, 1).
-double gumbel(std::uint32_t bits) {
-  return -std::log(-std::log(std::ldexp(static_cast<double>(bits) + 0.5, -32)));
-}
-
-// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of
-// leading ones, and -log(-log(u)) <= -log(1 - u).
-double gumbel_bound(std::uint32_t bits) { return (std::countl_one(bits) + 1) * std::numbers::ln2; }
-
 std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
                   std::span<const std::int32_t> kept, std::span<const float> logits) {
   const std::uint64_t seed = sequence.request->seed;
@@ -132,7 +113,7 @@ std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
     }
     const std::uint32_t bits = words[id % 4];
     const double logit = logits[id];
-    if (logit + gumbel_bound(bits) < best) continue;  // nearly all: only a few can still win
+    if (logit + gumbel_upper_bound(bits) < best) continue;  // nearly all: only a few can still win
     const double value = logit + gumbel(bits);
     if (value > best || (value == best && token < winner)) {
       best = value;

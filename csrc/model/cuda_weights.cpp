@@ -22,7 +22,7 @@ class Layout {
   // Puts the next piece at a multiple of 256 bytes.
   void align() { size_ = (size_ + 255) / 256 * 256; }
 
-  const void* place(const void* host, std::int64_t bytes) {
+  const void* put(const void* host, std::int64_t bytes) {
     std::byte* device = base_ + size_;
     uploads_.push_back({device, host, static_cast<std::size_t>(bytes)});
     size_ += static_cast<std::size_t>(bytes);
@@ -32,7 +32,7 @@ class Layout {
   void place(const float*& vector, std::int64_t size) {
     if (vector == nullptr) return;
     align();
-    vector = static_cast<const float*>(place(vector, size * std::int64_t{sizeof(float)}));
+    vector = static_cast<const float*>(put(vector, size * std::int64_t{sizeof(float)}));
   }
 
   void place(Weight& weight) {
@@ -41,14 +41,14 @@ class Layout {
     align();
     const void* first = nullptr;
     for (const RowBlock& block : weight.blocks) {
-      const void* device = place(block.data, block.rows * width);
+      const void* device = put(block.data, block.rows * width);
       if (first == nullptr) first = device;
     }
     const float* bias = nullptr;  // either every block has one or none
     if (weight.blocks[0].bias != nullptr) {
       align();
       for (const RowBlock& block : weight.blocks) {
-        const void* device = place(block.bias, block.rows * std::int64_t{sizeof(float)});
+        const void* device = put(block.bias, block.rows * std::int64_t{sizeof(float)});
         if (bias == nullptr) bias = static_cast<const float*>(device);
       }
     }
@@ -73,7 +73,7 @@ Weights placed(const Weights& host, const ModelConfig& config, Layout& layout) {
                   .copies = {}};
   const bool tied = host.lm_head.blocks[0].data == host.embedding.data;
   layout.align();
-  weights.embedding.data = layout.place(
+  weights.embedding.data = layout.put(
       host.embedding.data, host.embedding.rows * host.embedding.cols *
                                static_cast<std::int64_t>(size_of(host.embedding.dtype)));
   for (LayerWeights& layer : weights.layers) {

@@ -70,4 +70,16 @@ Memory CpuContext::allocate(std::size_t bytes, const char* purpose) const {
   return Memory(memory, {[](void* address, std::size_t size) { munmap(address, size); }, bytes});
 }
 
+std::byte* CpuContext::scratch(std::size_t bytes) const {
+  constexpr std::size_t kAlignment = 64;
+  if (bytes > scratch_bytes_) {
+    scratch_.reset();
+    scratch_ = std::make_unique_for_overwrite<std::byte[]>(bytes + kAlignment);
+    scratch_bytes_ = bytes;
+  }
+  void* start = scratch_.get();
+  std::size_t space = scratch_bytes_ + kAlignment;
+  return static_cast<std::byte*>(std::align(kAlignment, scratch_bytes_, start, space));
+}
+
 }  // namespace tinyvllm

@@ -8,15 +8,22 @@ import pytest
 from devices import Device, cpu, cuda, has_cuda, is_cuda
 from tinyvllm import _core
 
-# Ops that run on the CPU only.
-CPU_ONLY = {"test_matmul", "test_norm_matmul", "test_paged_attention"}
+# Ops that run on the CPU only, and on CUDA only.
+CPU_ONLY = {"test_paged_attention"}
+CUDA_ONLY = {"test_matmul_cuda"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test with `device` once for each instruction set of the CPU, and once on CUDA."""
+    """Runs a test with `device` once for each instruction set of the CPU, and once on CUDA.
+
+    One with `cpu_device` is about the kernels of the CPU alone.
+    """
+    module = metafunc.module.__name__
+    names = [] if module in CUDA_ONLY else list(_core.supported_isas())
+    if "cpu_device" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_device", names, indirect=True)
     if "device" in metafunc.fixturenames:
-        names = list(_core.supported_isas())
-        if has_cuda() and metafunc.module.__name__ not in CPU_ONLY:
+        if has_cuda() and module not in CPU_ONLY:
             names.append("cuda")
         metafunc.parametrize("device", names, indirect=True)
 
@@ -25,6 +32,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def device(request: pytest.FixtureRequest) -> Device:
     """A context: two threads on the CPU, or CUDA."""
     return cuda() if request.param == "cuda" else cpu(request.param, 2)
+
+
+@pytest.fixture
+def gpu() -> Device:
+    """CUDA, for the tests that are about it."""
+    if not has_cuda():
+        pytest.skip("built without CUDA")
+    return cuda()
+
+
+@pytest.fixture
+def cpu_device(request: pytest.FixtureRequest) -> Device:
+    """A context of two threads."""
+    return cpu(request.param, 2)
 
 
 @pytest.fixture

@@ -170,13 +170,17 @@ void Block::report_deadlock() const {
     if (thread.state == Thread::State::kEnded) return std::string("ended");
     return "wait in " + std::string(thread.waits_in) + " (" + line(thread.where) + ")";
   };
+  constexpr int kShown = 6;
   std::string groups;
+  int num_groups = 0;
   for (std::size_t first = 0, next = 0; first < threads_.size(); first = next) {
     const std::string what = doing(*threads_[first]);
     while (next < threads_.size() && doing(*threads_[next]) == what) ++next;
-    groups += (first == 0 ? "" : "; ") + std::to_string(first) + ".." + std::to_string(next - 1) +
-              " " + what;
+    if (++num_groups > kShown) continue;
+    if (first > 0) groups += "; ";
+    groups += std::to_string(first) + ".." + std::to_string(next - 1) + " " + what;
   }
+  if (num_groups > kShown) groups += "; and so on";
   throw KernelError(name() + ": the threads do not meet: " + groups +
                     ". Let all of a block come to the same barrier, and all of a warp to the same "
                     "shuffle.");

@@ -22,11 +22,22 @@ inline uint4 load_streaming(const void* address) {
   return value;
 }
 
+inline uint4 load_streaming(const void* address, bool valid) {
+  return valid ? load_streaming(address) : uint4{};
+}
+
 inline std::uint32_t pack_bfloat16(float low, float high) {
   return to_bfloat16(low).bits | static_cast<std::uint32_t>(to_bfloat16(high).bits) << 16;
 }
 inline float low_bfloat16(std::uint32_t packed) { return __uint_as_float(packed << 16); }
 inline float high_bfloat16(std::uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+inline BFloat16 round_to_bfloat16(float value) { return to_bfloat16(value); }
+
+inline float fast_exp2(float x) {
+  const float result = std::exp2(x);
+  return std::isnormal(result) || !std::isfinite(result) ? result : 0.0f;
+}
 
 inline void copy_async_16(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, valid);

@@ -17,7 +17,7 @@ import click
 from tinyvllm.cli.model_options import engine_options, model_options, open_llm
 from tinyvllm.cli.options import Command, Count, LengthRange, Lengths, option
 from tinyvllm.cli.terminal import Output, Stopped
-from tinyvllm.errors import CapacityError, InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError, TinyvllmError
 
 if TYPE_CHECKING:
     from tinyvllm.cli.bench_cost import ModelCost
@@ -348,6 +348,7 @@ def throughput(**options: Any) -> int:
     """
     from tinyvllm.cli.bench_report import throughput_row
     from tinyvllm.cli.bench_run import Run, run_work
+    from tinyvllm.cli.bench_work import Work
 
     output = Output()
     with _opened(
@@ -361,7 +362,7 @@ def throughput(**options: Any) -> int:
         work = _throughput_work(llm, options)
         limits = _limits(llm, options)
         report = _report(output, "throughput", llm, cost, model, limits, options)
-        warmup = work._replace(prompts=[[0, 1, 2]], output_lens=[16])
+        warmup = Work([work.prompts[0][:3]], [min(16, work.output_lens[0])])
         run_work(llm, warmup, Run(warmup), options["temperature"], stream=False)
         run = Run(work)
         point = {
@@ -485,6 +486,7 @@ def _opened(
             "model": options["model"] or "bundled",
             "load_format": load_format,
             "prefix_caching": prefix_caching,
+            "max_num_seqs": max_num_seqs,
         }
         yield llm, ModelCost(llm.directory, llm.stats()), model
 
@@ -529,10 +531,15 @@ def _require_room(longest: int, limit: int) -> None:
 def _limits(llm: LLM, options: dict[str, Any]) -> MachineLimits | None:
     if not options["limits"]:
         return None
+    from tinyvllm.cli.report import note
     from tinyvllm.limits import measure_limits
 
     info = llm.stats()
-    return measure_limits(info["device"], info["num_threads"])
+    try:
+        return measure_limits(info["device"], info["num_threads"])
+    except TinyvllmError as error:  # too little memory, a device that it cannot measure
+        note(f"without the machine's limits: {error}")
+        return None
 
 
 def _report(
@@ -548,6 +555,7 @@ def _report(
     from importlib.metadata import version
 
     from tinyvllm.cli.bench_report import SCHEMA, Report
+    from tinyvllm.cli.env import cpu_model
 
     info = llm.stats()
     names = ("dtype", "checkpoint_dtype", "device", "isa", "num_threads", "max_model_len")
@@ -560,7 +568,7 @@ def _report(
         "num_parameters": cost.num_parameters,
         "step_bytes": cost.step_bytes,
         **{name: info[name] for name in names},
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "seed": options["seed"],
@@ -570,17 +578,6 @@ def _report(
         "bf16_flops_per_second": limits and limits.bf16_flops_per_second,
     }
     return Report(output, options["form"], facts)
-
-
-def _cpu_name() -> str:
-    import platform
-
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 class _Progress:

@@ -238,12 +238,15 @@ class _Chat:
 
     def _generate(self, ids: list[int]) -> RequestOutput:
         """Streams an answer to stdout, until it ends or SIGINT comes."""
+        from tinyvllm.cli.word_wrap import WordWrap
         from tinyvllm.request import ParsedPrompt
 
         began = time.perf_counter()
         token_times: list[float] = []
         request = self._llm.add(ParsedPrompt(None, ids), self._sampling, incremental=True)
         result = request.new_output()
+        # A file gets the text as it is, a terminal what it may have.
+        wrap = WordWrap(shutil.get_terminal_size().columns) if self._is_terminal else None
         try:
             while not request.finished:
                 self._llm.step()
@@ -252,11 +255,11 @@ class _Chat:
                 for delta in request.take_deltas():
                     token_times += [time.perf_counter()] * len(delta.token_ids)
                     result.add(delta)
-                    # A file gets the text as it is.
-                    self._output.write(printable(delta.text) if self._is_terminal else delta.text)
+                    self._output.write(wrap.push(printable(delta.text)) if wrap else delta.text)
                 self._output.flush()
         finally:
             self._llm.abort(request)
+            self._output.write(wrap.finish() if wrap else "")
             self._output.end_line()
             self._output.flush()
         if request.error is not None:

@@ -128,7 +128,7 @@ def _build() -> Section:
 
 
 def _cpu() -> Section:
-    found: Section = {"model": _cpu_model(), "flags": _cpu_flags()}
+    found: Section = {"model": cpu_model(), "flags": _cpu_flags()}
     found["logical_cpus"] = os.cpu_count()
     found["allowed_cpus"] = len(os.sched_getaffinity(0))
 
@@ -141,7 +141,7 @@ def _cpu() -> Section:
     return {**found, **_guarded(engine)}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     for key, value in _pairs(Path("/proc/cpuinfo")):
         if key in ("model name", "Model", "cpu model"):
             return value
