@@ -267,14 +267,11 @@ def test_nothing_that_a_model_writes_drives_the_terminal() -> None:
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 1000])
 def test_lines_break_between_words_however_the_text_comes(piece: int) -> None:
-    text = (
-        "The quick brown fox jumps\n  over it. A supercalifragilistic word or two.\n\n\u72d0\u72f8"
-    )
+    text = "The quick brown fox jumps\n  over it. A supercalifragilistic word or two.\n\n\u72d0"
     wrap = WordWrap(columns=10)
     parts = [wrap.push(text[i : i + piece]) for i in range(0, len(text), piece)]
     assert "".join(parts) + wrap.finish() == (
-        "The quick\nbrown fox\njumps\n  over it.\nA\nsupercalifragilistic\nword or\ntwo.\n\n"
-        "\u72d0\u72f8"
+        "The quick\nbrown fox\njumps\n  over it.\nA\nsupercalifragilistic\nword or\ntwo.\n\n\u72d0"
     )
 
 
@@ -290,7 +287,7 @@ def test_a_word_without_end_does_not_hold_the_text_back() -> None:
 
 def test_an_answer_comes_while_it_is_made(terminal: Callable[..., Terminal]) -> None:
     chat = terminal("--seed", "1", "--ignore-eos", "-n", "1500", "--temperature", "1.5")
-    chat.expect("bundled: bfloat16.*/help lists the commands, Ctrl-D leaves")
+    chat.expect(r"bundled: bfloat16.*\n.*/help lists the commands, Ctrl-D leaves")
     chat.line(FOX)
     began = time.monotonic()
     chat.expect(r"\w+ \w+")

@@ -98,7 +98,9 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id(
     logits = random_logits(rng, 12, vocab)
     for row in logits[:6]:
         row[rng.integers(0, vocab, 3)] = 9.0
-    tokens = [token for token, _, _ in draw(gpu, logits, [Row(i, {"temperature": 0}) for i in range(12)])]
+    tokens = [
+        token for token, _, _ in draw(gpu, logits, [Row(i, {"temperature": 0}) for i in range(12)])
+    ]
     assert tokens == np.argmax(logits, axis=1).tolist()
 
 
