@@ -142,7 +142,8 @@ def command(**options: Any) -> int:
     is answered with an error that names it, the run goes on, and ends with exit code 1.
 
     What a run has written when it is stopped or killed are whole lines, and --resume goes on after
-    them. The same file, model and options give the same answers, also where lines have no seed.
+    them. On the CPU the same file, model and options give the same answers, whether a run was
+    stopped and resumed or not, and also where lines have no seed.
     """
     names_file = options["output_file"] != "-"
     if options["resume"] and not names_file:
