@@ -70,6 +70,7 @@ struct CudaSequences {
   const std::int32_t* decode_items = nullptr;      // [*num_decode_items, 2]
   const std::int32_t* num_decode_items = nullptr;  // a scalar
   std::int32_t max_decode_items = 0;               // how many the workspace has room for
+  std::int32_t split = 0;                          // 0: decode_split()
 
   // The chunks: chunk i has the rows num_decodes + chunk_starts[i] to num_decodes +
   // chunk_starts[i + 1] of q, cut into tiles of chunk_tile_tokens() tokens. Never in a graph.

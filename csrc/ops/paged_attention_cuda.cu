@@ -34,7 +34,10 @@ void attend_on_tensor_cores(const CudaContext& ctx,
                   .shared_bytes = cuda::decode_shared_bytes(group, kDim),
                   .overlaps_previous = true},
                  cuda::decode_attention_kernel<kDim>, arguments,
-                 static_cast<int>(decode_split(sequences.num_decodes, arguments.num_kv_heads)),
+                 sequences.split > 0
+                     ? sequences.split
+                     : static_cast<int>(
+                           decode_split(sequences.num_decodes, arguments.num_kv_heads)),
                  reinterpret_cast<float*>(ctx.workspace(paged_attention_workspace_bytes(
                      sequences.max_decode_items, arguments.num_heads, kDim))),
                  ctx.counters());
