@@ -3,13 +3,13 @@
     python benchmarks/gpu_attention.py [decode] [prefill] [sampling] [--json FILE]
 
 decode    one token of each sequence over its whole context; the limit is reading K and V
-prefill   whole prompts; the limit is the arithmetic of the scores and the weighted sums, at the rate
-          given by --tflops (the card's bfloat16 products, dense)
+prefill   whole prompts; the limit is the arithmetic of the scores and the weighted sums, at the
+          rate given by --tflops (the card's bfloat16 products, dense)
 sampling  a token for each row of logits; the limit is reading them once
 
-Shapes are Llama-3.2-1B's: 32 query heads over 8 KV heads of 64 dimensions, a vocabulary of 128,256.
-Every layer has a cache of its own, as far as memory goes, so that nothing is in the L2 cache that would
-not be there in a model.
+Shapes are Llama-3.2-1B's: 32 query heads over 8 KV heads of 64 dimensions, 128,256 tokens.
+Every layer has a cache of its own, as far as memory goes, so that nothing is in the L2 cache that
+would not be there in a model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ BLOCK_SIZE = 16
 CACHE_BYTES = 24e9
 REPETITIONS = 7
 
-DECODES = [(1, 128), (1, 640), (1, 8192), (32, 128), (32, 640), (32, 8192)] + [
-    (256, 128),
-    (256, 640),
-    (256, 4096),
-]
+DECODES = [(n, context) for n in (1, 32, 256) for context in (128, 640, 4096 if n > 32 else 8192)]
 PREFILLS = [(1, 128), (1, 512), (1, 1024), (1, 4096), (8, 512)]
 SAMPLINGS: list[tuple[str, dict[str, Any]]] = [
     ("greedy", {"temperature": 0.0}),
@@ -78,15 +74,21 @@ def time_attention(
 
 def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     rows.append(row)
-    numbers = f"{row['microseconds']:10.2f} us  +- {row['spread']:6.2f}  {row['rate']:8.1f} {row['unit']}"
+    numbers = (
+        f"{row['microseconds']:10.2f} us  +- {row['spread']:6.2f}  {row['rate']:8.1f} {row['unit']}"
+    )
     print(f"{row['name']:44s}{numbers}  {row['share']:6.1%} of the limit", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawTextHelpFormatter, description=__doc__
+    )
     parser.add_argument("what", nargs="*", default=["decode", "prefill", "sampling"])
     parser.add_argument("--tflops", type=float, default=749.0)
-    parser.add_argument("--splits", default="0", help="lengths of the splits of a decode; 0: the op's own")
+    parser.add_argument(
+        "--splits", default="0", help="lengths of a decode's splits; 0: the op's own"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     ctx = _core.CudaContext()
@@ -131,7 +133,13 @@ def main() -> None:
     if "sampling" in arguments.what:
         for name, options in SAMPLINGS:
             for count in (1, 32, 256):
-                chosen = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "num_logprobs": -1, **options}
+                chosen = {
+                    "temperature": 0.8,
+                    "top_k": 0,
+                    "top_p": 1.0,
+                    "num_logprobs": -1,
+                    **options,
+                }
                 samples = _core.time_sampling(
                     ctx, count, VOCAB, **chosen, passes=20, repetitions=REPETITIONS
                 )
@@ -149,7 +157,9 @@ def main() -> None:
                     },
                 )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"read_bytes_per_second": limit, "rows": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"read_bytes_per_second": limit, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// What benchmarks/gpu_attention.py measures: attention and sampling on the GPU, on random data, in a CUDA
-// graph as in a step of the engine.
+// What benchmarks/gpu_attention.py measures: attention and sampling on the GPU, on random data, in
+// a CUDA graph as in a step of the engine.
 #include "bindings/bindings.h"
 
 #if defined(TINYVLLM_HAS_CUDA)
@@ -112,19 +112,18 @@ std::vector<float> time_attention(const CudaContext& ctx, std::int32_t num_seque
   const cuda::DeviceMemory device_num_items = on_device(ctx, std::vector{num_items});
   const cuda::DeviceMemory device_starts = on_device(ctx, starts);
   const cuda::DeviceMemory device_tiles = on_device(ctx, tiles);
-  const CudaSequences sequences{
-      .num_decodes = decode ? num_sequences : 0,
-      .num_chunks = decode ? 0 : num_sequences,
-      .context_lengths = device_lengths.as<std::int32_t>(),
-      .block_tables = device_tables.as<std::int32_t>(),
-      .max_blocks = max_blocks,
-      .decode_items = device_items.as<std::int32_t>(),
-      .num_decode_items = device_num_items.as<std::int32_t>(),
-      .max_decode_items = num_items,
-      .split = split,
-      .chunk_starts = device_starts.as<std::int32_t>(),
-      .chunk_tiles = device_tiles.as<std::int32_t>(),
-      .num_chunk_tiles = static_cast<std::int32_t>(tiles.size() / 2)};
+  const CudaSequences sequences{.num_decodes = decode ? num_sequences : 0,
+                                .num_chunks = decode ? 0 : num_sequences,
+                                .context_lengths = device_lengths.as<std::int32_t>(),
+                                .block_tables = device_tables.as<std::int32_t>(),
+                                .max_blocks = max_blocks,
+                                .decode_items = device_items.as<std::int32_t>(),
+                                .num_decode_items = device_num_items.as<std::int32_t>(),
+                                .max_decode_items = num_items,
+                                .split = split,
+                                .chunk_starts = device_starts.as<std::int32_t>(),
+                                .chunk_tiles = device_tiles.as<std::int32_t>(),
+                                .num_chunk_tiles = static_cast<std::int32_t>(tiles.size() / 2)};
 
   const std::int64_t rows = std::int64_t{num_sequences} * num_tokens;
   const std::int64_t width = num_heads * head_dim, qkv = width + 2 * num_kv_heads * head_dim;
