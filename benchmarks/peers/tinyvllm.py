@@ -25,7 +25,7 @@ class Tinyvllm(Peer):
         )
 
     def run(self, work: Work) -> Outcome:
-        params = _greedy(work.max_tokens)
+        params = [_greedy(count) for count in work.max_tokens]
         tokens: list[TokenIds] = [[] for _ in work.prompts]
         waiting, first_token_seconds = len(work.prompts), 0.0
         began = time.perf_counter()
