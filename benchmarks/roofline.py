@@ -49,7 +49,8 @@ class ModelCost:
         """A step of num_tokens, of which one a sequence is sampled from; each attends to `context`
         positions on average."""
         read, rate = limits.read_bandwidth_bytes_per_second, limits.bf16_flops_per_second
-        flops = 2 * self.layer_parameters * num_tokens + 2 * self.head_parameters * num_sequences
+        flops = 2.0 * self.layer_parameters * num_tokens
+        flops += 2.0 * self.head_parameters * num_sequences
         flops += 4 * self.attention_width * num_tokens * context
         kv_bytes = _BYTES * self.kv_values_per_token * num_sequences * context
         return max(self.weight_bytes() / read, flops / rate) + kv_bytes / read

@@ -105,6 +105,9 @@ class Peer(abc.ABC):
 
 def main(peer: type[Peer]) -> None:
     """The process of one adapter."""
+    # What lies beside this package is not for the engines: Transformers looks for a module `kernels`.
+    here = Path(__file__).resolve().parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     # Engines print to standard output, too; what they say goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -141,8 +144,13 @@ def main(peer: type[Peer]) -> None:
         os._exit(0)  # the time until here is what counts; freeing is nobody's wait
 
     loaded: list[Peer] = []
-    began = time.perf_counter()
-    try_to(lambda: loaded.append(peer(settings)) or time.perf_counter() - began)
+
+    def load() -> float:
+        began = time.perf_counter()
+        loaded.append(peer(settings))
+        return time.perf_counter() - began
+
+    try_to(load)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if "near_misses" in request:
