@@ -158,7 +158,7 @@ def time_matmul(
 ) -> list[float]: ...
 def cuda_build() -> str: ...
 
-# Only in a module that was built with CUDA, real or emulated: up to MatmulTimer.
+# Only in a module that was built with CUDA, real or emulated: up to run_trap.
 
 class CudaContext:
     def __init__(self, device: int = 0, batch_invariant: bool = False) -> None: ...
@@ -192,7 +192,7 @@ class MatmulPlan:
     @property
     def rank(self) -> int: ...
 
-def streaming_tiles() -> list[tuple[int, int]]: ...
+def streaming_shapes() -> list[list[int]]: ...
 def num_normalising_shapes() -> int: ...
 
 class MatmulTimer:
@@ -206,6 +206,29 @@ class MatmulTimer:
     def read_milliseconds(self, passes: int, repetitions: int) -> list[float]: ...
     @property
     def weight_bytes(self) -> int: ...
+
+# Row of the logits, parameters, prompt, output so far, seed, number of the sample; None: padding.
+SampledRow = tuple[int, SamplingParams, Sequence[int], Sequence[int], int, int] | None
+
+def cuda_sample(
+    ctx: CudaContext,
+    logits: Floats,
+    rows: Sequence[SampledRow],
+    eos_token_ids: Sequence[int],
+) -> list[tuple[int, int, Logprobs | None]]: ...
+def cuda_logprobs(
+    ctx: CudaContext, logits: Floats, tokens: npt.ArrayLike, k: int
+) -> list[Logprobs]: ...
+def cuda_feed_tokens(
+    ctx: CudaContext, sampled: npt.ArrayLike, sources: npt.ArrayLike, tokens: npt.ArrayLike
+) -> npt.NDArray[np.int32]: ...
+def upload_and_read_back(
+    ctx: CudaContext, arrays: Sequence[npt.NDArray[np.uint8]], num_threads: int
+) -> list[npt.NDArray[np.uint8]]: ...
+
+# Only emulated.
+def trap_names() -> list[str]: ...
+def run_trap(ctx: CudaContext, name: str, with_mistake: bool) -> bool: ...
 
 class _Ops:
     """tinyvllm._core.ops: a module there, to be used through its attributes."""
@@ -267,7 +290,7 @@ class _Ops:
         out_dtype: str = "float32",
     ) -> Tensor: ...
     @staticmethod
-    def silu_mul(ctx: Context, gate_up: Floats, dtype: str = "float32") -> Tensor: ...
+    def silu_mul(ctx: Context, gate_up: Tensor, dtype: str = "float32") -> Tensor: ...
     @staticmethod
     def rope_angles(
         ctx: Context, positions: npt.ArrayLike, inverse_frequencies: Floats, scale: float = 1.0
@@ -275,7 +298,7 @@ class _Ops:
     @staticmethod
     def qk_norm_rope_and_cache(
         ctx: Context,
-        qkv: Floats,
+        qkv: Tensor,
         num_heads: int,
         q_norm: Floats | None,
         k_norm: Floats | None,
@@ -284,7 +307,9 @@ class _Ops:
         slots: npt.ArrayLike,
         keys: Tensor,
         values: Tensor,
-    ) -> Floats: ...
+    ) -> Tensor: ...
+    @staticmethod
+    def copy_blocks(ctx: Context, pool: Tensor, copies: Sequence[tuple[int, int]]) -> Tensor: ...
     @staticmethod
     def paged_attention(
         ctx: Context,
@@ -296,6 +321,7 @@ class _Ops:
         window: int = 0,
         scale: float = 1.0,
         dtype: str = "float32",
+        as_chunks: bool = False,
     ) -> Tensor: ...
 
 ops: _Ops

@@ -39,7 +39,8 @@ inline float fast_exp2(float x) {
   return std::isnormal(result) || !std::isfinite(result) ? result : 0.0f;
 }
 
-inline void copy_async_16(void* shared, const void* global, bool valid = true) {
+template <int kPrefetch = 0>
+void copy_async_16(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, valid);
 }
 template <int kPending>
@@ -73,9 +74,9 @@ inline void load_matrices(std::uint32_t (&registers)[4], const void* shared_row,
               return lanes[8 * matrix + row]->row[col];
             };
             const int i = lane / 4, j = 2 * (lane % 4);
-            lanes[lane]->registers[matrix] =
-                lanes[lane]->transposed ? element(j, i) | element(j + 1, i) << 16
-                                        : element(i, j) | element(i, j + 1) << 16;
+            lanes[lane]->registers[matrix] = lanes[lane]->transposed
+                                                 ? element(j, i) | element(j + 1, i) << 16
+                                                 : element(i, j) | element(i, j + 1) << 16;
           }
         }
       },
