@@ -100,7 +100,8 @@ class Plan:
         if self.kernel == "plain":
             return "plain"
         fused = ", true" if self.fuses_norm else ""
-        return f"streaming({self.shape}, {self.blocks_per_multiprocessor}{fused})"
+        shape = ", ".join(map(str, _core.streaming_shapes()[self.shape]))
+        return f"streaming({{{shape}}}, {self.blocks_per_multiprocessor}{fused})"
 
 
 def candidates(matrix: Matrix, rows: int) -> list[Plan]:
@@ -109,10 +110,11 @@ def candidates(matrix: Matrix, rows: int) -> list[Plan]:
     if rows > MAX_STREAMING_ROWS:
         return plans
     normalises = matrix.use in ("norm", "logits", "swiglu")
-    for shape, (_, tile_rows) in enumerate(_core.streaming_tiles()):
+    for shape, (_, column_tiles, *_) in enumerate(_core.streaming_shapes()):
+        tile_rows = 8 * column_tiles
         if tile_rows < min(rows, 64) or tile_rows > max(8, 2 * rows):
             continue
-        for blocks in (0, 1, 2, 3) if tile_rows == 8 else (0, 1, 2):
+        for blocks in (0, 1, 2, 3, 4) if tile_rows == 8 else (0, 1, 2):
             plans.append(Plan("streaming", shape, blocks))
             if normalises and rows <= 8 and shape < _core.num_normalising_shapes():
                 plans.append(Plan("streaming", shape, blocks, True))
@@ -207,7 +209,7 @@ def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str,
             other = next(pair for pair in timed if pair[1].kernel == "cublaslt")
             shares = f"{2 * size / timed[0][0] / rate:6.1%} read, "
             shares += f"{2 * size * rows / timed[0][0] / 1e12:5.1f} TFLOP/s"
-            ours = f"{own[0] * 1e6:8.2f} us {own[1]!s:24}" if own else " " * 36
+            ours = f"{own[0] * 1e6:8.2f} us {own[1]!s:38}" if own else " " * 50
             print(
                 f"  {matrix.name:8}{ours} cublaslt {other[0] * 1e6:8.2f} us ({other[1].rank}) "
                 f"{shares}  -> {best[matrix.name]}",

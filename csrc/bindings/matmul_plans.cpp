@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <random>
 #include <string>
 #include <tuple>
@@ -221,12 +222,9 @@ void bind_matmul_plans(py::module_& module) {
       .def_readonly("blocks_per_multiprocessor", &MatmulPlan::blocks_per_multiprocessor)
       .def_readonly("fuses_norm", &MatmulPlan::fuses_norm)
       .def_readonly("rank", &MatmulPlan::rank);
-  module.def("streaming_tiles", [] {
-    std::vector<std::pair<int, int>> tiles;  // (outputs, rows)
-    for (const cuda::StreamingTile& tile : cuda::streaming_tiles()) {
-      tiles.emplace_back(tile.outputs, tile.rows);
-    }
-    return tiles;
+  module.def("streaming_shapes", [] {
+    const auto shapes = cuda::streaming_shapes();
+    return std::vector(shapes.begin(), shapes.end());
   });
   module.def("num_normalising_shapes", &cuda::num_normalising_shapes);
 

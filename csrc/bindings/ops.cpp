@@ -93,11 +93,6 @@ std::span<const float> span_of(const std::optional<Floats>& array) {
   return array ? span_of(*array) : std::span<const float>();
 }
 
-const CpuContext& cpu_of(const AnyContext& any) {
-  if (!on_cpu(any)) refuse("this op does not run on CUDA");
-  return *std::get<const CpuContext*>(any);
-}
-
 DType named(const std::string& dtype) {
   if (dtype == "float32") return DType::kFloat32;
   if (dtype == "bfloat16") return DType::kBFloat16;

@@ -1,8 +1,11 @@
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "base/errors.h"
@@ -27,15 +30,16 @@ namespace {
 // Output tiles of 16, row tiles of 8, elements of the depth a step, steps in the ring. What a block
 // keeps in flight is kept below half of a multiprocessor's shared memory where it can be, so that
 // the next kernel's blocks find room for theirs.
-using StreamingShapes = std::tuple<StreamingShape<1, 1, 64, 4>, StreamingShape<1, 1, 64, 6>,
-                                   StreamingShape<2, 1, 64, 3>,  // the last that normalises
-                                   StreamingShape<1, 2, 64, 3>, StreamingShape<2, 2, 32, 4>,
-                                   StreamingShape<1, 4, 32, 4>, StreamingShape<2, 4, 32, 3>,
-                                   StreamingShape<4, 4, 32, 2>, StreamingShape<1, 8, 32, 2>,
-                                   StreamingShape<2, 8, 32, 2>, StreamingShape<4, 8, 32, 2>>;
+using StreamingShapes = std::tuple<
+    StreamingShape<1, 1, 64, 4>, StreamingShape<1, 1, 64, 2>, StreamingShape<1, 1, 64, 6>,
+    StreamingShape<1, 1, 128, 2>, StreamingShape<1, 1, 128, 3>, StreamingShape<1, 1, 64, 4, 128>,
+    StreamingShape<1, 1, 64, 4, 256>, StreamingShape<2, 1, 64, 3>,  // the last that normalises
+    StreamingShape<1, 2, 64, 3>, StreamingShape<2, 2, 32, 4>, StreamingShape<2, 2, 64, 2>,
+    StreamingShape<1, 4, 32, 4>, StreamingShape<2, 4, 32, 3>, StreamingShape<4, 4, 32, 2>,
+    StreamingShape<4, 4, 32, 2, 128>, StreamingShape<1, 8, 32, 2>, StreamingShape<2, 8, 32, 2>,
+    StreamingShape<4, 8, 32, 2>, StreamingShape<4, 8, 32, 2, 128>>;
 constexpr int kNumShapes = std::tuple_size_v<StreamingShapes>;
-constexpr int kNumNormalisingShapes = 3;
-constexpr int kSmallestShape = 8;  // fits the shared memory of every card at any size
+constexpr int kNumNormalisingShapes = 8;
 constexpr int kMaxNormRows = 8;
 
 // Calls f(shape) with the shape of this number.
@@ -57,6 +61,28 @@ bool fits(const CudaContext& ctx, int shape, std::int64_t depth, std::int64_t ro
   });
   return result;
 }
+
+using Parameters = std::array<int, 5>;
+
+template <typename Shape>
+constexpr Parameters kParametersOf = {Shape::kRowTiles, Shape::kColumnTiles, Shape::kSlice,
+                                      Shape::kStages, Shape::kPrefetch};
+
+constexpr auto kShapeParameters =
+    []<typename... Shapes>(std::type_identity<std::tuple<Shapes...>>) {
+      return std::array{kParametersOf<Shapes>...};
+    }(std::type_identity<StreamingShapes>{});
+
+// The number of the shape with these parameters; a table that asks for one that is not there does not
+// compile.
+consteval int shape_number(const Parameters& parameters) {
+  const auto* found = std::find(kShapeParameters.begin(), kShapeParameters.end(), parameters);
+  if (found == kShapeParameters.end()) throw "no such shape";
+  return static_cast<int>(found - kShapeParameters.begin());
+}
+
+// Fits the shared memory of every card at any size.
+constexpr int kSmallestShape = shape_number({1, 8, 32, 2});
 
 template <typename Shape, int kNormRows, Epilogue kEpilogue, typename Out>
 void launch_streaming(const CudaContext& ctx, const StreamingArguments& arguments,
@@ -241,9 +267,10 @@ bool can_fuse_norm(const CudaContext& ctx, const MatmulCall& call, int shape) {
 // --- Plans
 // ----------------------------------------------------------------------------------------
 
-constexpr MatmulPlan streaming(int shape, int blocks_per_multiprocessor, bool fuses_norm = false) {
+consteval MatmulPlan streaming(const Parameters& shape, int blocks_per_multiprocessor,
+                               bool fuses_norm = false) {
   return {.kernel = MatmulKernel::kStreaming,
-          .shape = shape,
+          .shape = shape_number(shape),
           .blocks_per_multiprocessor = blocks_per_multiprocessor,
           .fuses_norm = fuses_norm};
 }
@@ -264,11 +291,11 @@ constexpr std::initializer_list<TunedPlan> kTunedPlans = {
 };
 
 MatmulPlan streaming_for(std::int64_t rows) {
-  if (rows <= 8) return streaming(0, 2, true);
-  if (rows <= 16) return streaming(3, 2);
-  if (rows <= 32) return streaming(6, 2);
-  if (rows <= 64) return streaming(9, 2);
-  return streaming(10, 1);
+  if (rows <= 8) return streaming({1, 1, 64, 4}, 2, true);
+  if (rows <= 16) return streaming({1, 2, 64, 3}, 2);
+  if (rows <= 32) return streaming({2, 4, 32, 3}, 2);
+  if (rows <= 64) return streaming({2, 8, 32, 2}, 2);
+  return streaming({4, 8, 32, 2}, 1);
 }
 
 MatmulPlan wanted(const MatmulCall& call) {
@@ -284,15 +311,7 @@ MatmulPlan wanted(const MatmulCall& call) {
 
 }  // namespace
 
-std::vector<StreamingTile> streaming_tiles() {
-  std::vector<StreamingTile> tiles;
-  for (int shape = 0; shape < kNumShapes; ++shape) {
-    with_shape(shape, [&]<typename Shape>(Shape) {
-      tiles.push_back({Shape::kTileOutputs, Shape::kTileRows});
-    });
-  }
-  return tiles;
-}
+std::span<const std::array<int, 5>> streaming_shapes() { return kShapeParameters; }
 int num_normalising_shapes() { return kNumNormalisingShapes; }
 
 MatmulPlan plan_of(const CudaContext& ctx, const MatmulCall& call) {

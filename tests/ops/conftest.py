@@ -10,7 +10,7 @@ from tinyvllm import _core
 
 # Ops that run on the CPU only, and on CUDA only.
 CPU_ONLY = {"test_paged_attention"}
-CUDA_ONLY = {"test_matmul_cuda"}
+CUDA_ONLY = {"test_matmul_cuda", "test_paged_attention_cuda", "test_sample_cuda"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,14 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def device(request: pytest.FixtureRequest) -> Device:
     """A context: two threads on the CPU, or CUDA."""
     return cuda() if request.param == "cuda" else cpu(request.param, 2)
-
-
-@pytest.fixture
-def gpu() -> Device:
-    """CUDA, for the tests that are about it."""
-    if not has_cuda():
-        pytest.skip("built without CUDA")
-    return cuda()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tinyvllm.errors import TinyvllmError
 
 ops = _core.ops
 
-SHAPES = range(len(_core.streaming_tiles()) if _core.cuda_build() != "none" else 0)
+SHAPES = range(len(_core.streaming_shapes()) if _core.cuda_build() != "none" else 0)
 shapes = pytest.mark.parametrize("shape", SHAPES)
 # A product of bfloat16 operands is exact; their sum in float32 is off by a share of the sizes.
 SUM = 5e-7

@@ -36,7 +36,7 @@ def context_of(
 
 
 def attend(
-    gpu: Any,
+    device: Any,
     pool: Pool,
     scale: float,
     window: int = 0,
@@ -56,7 +56,7 @@ def attend(
         rows = pool.queries()
         queries = np.insert(rows, [decodes] * padding, poison((1, rows.shape[1]), dtype), axis=0)
     result = ops.paged_attention(
-        gpu,
+        device,
         queries,
         pool.keys,
         pool.values,
@@ -91,20 +91,20 @@ SHAPES = [  # heads, KV heads, head_dim: groups of 1, 3, 4, 7, 8 and 20; the las
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_decodes_match_float64(
-    gpu: Any, rng: np.random.Generator, heads: int, kv_heads: int, dim: int, dtype: str
+    device: Any, rng: np.random.Generator, heads: int, kv_heads: int, dim: int, dtype: str
 ) -> None:
     contexts = [
         context_of(rng, length, 1, heads, kv_heads, dim, dtype) for length in (1, 16, 33, 200)
     ]
     scale = dim**-0.5
-    got = attend(gpu, Pool(contexts, 16), scale)
+    got = attend(device, Pool(contexts, 16), scale)
     assert error(got, contexts, scale) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_chunks_match_float64(
-    gpu: Any, rng: np.random.Generator, heads: int, kv_heads: int, dim: int, dtype: str
+    device: Any, rng: np.random.Generator, heads: int, kv_heads: int, dim: int, dtype: str
 ) -> None:
     # From the start, behind a prefix, one tile of queries and several, within one tile of keys.
     contexts = [
@@ -112,60 +112,60 @@ def test_chunks_match_float64(
         for length, count in [(33, 33), (75, 42), (131, 2), (7, 3)]
     ]
     scale = dim**-0.5
-    got = attend(gpu, Pool(contexts, 16), scale)
+    got = attend(device, Pool(contexts, 16), scale)
     assert error(got, contexts, scale) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_mixed_batch_in_blocks_of_any_size_matches_float64(
-    gpu: Any, rng: np.random.Generator, block_size: int, dtype: str
+    device: Any, rng: np.random.Generator, block_size: int, dtype: str
 ) -> None:
     contexts = [
         context_of(rng, length, count, 8, 2, 64, dtype)
         for length, count in [(50, 1), (1, 1), (33, 33), (47, 7)]
     ]
-    got = attend(gpu, Pool(contexts, block_size), 0.125)
+    got = attend(device, Pool(contexts, block_size), 0.125)
     assert error(got, contexts, 0.125) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 19])
 def test_a_decode_of_several_splits_matches_float64(
-    gpu: Any, rng: np.random.Generator, length: int, dtype: str
+    device: Any, rng: np.random.Generator, length: int, dtype: str
 ) -> None:
     # Scores spread enough that the maximum moves from tile to tile and from split to split.
     contexts = [context_of(rng, n, 1, 4, 1, 64, dtype) for n in (length, 5, length + 64)]
-    got = attend(gpu, Pool(contexts, 16), 0.5)
+    got = attend(device, Pool(contexts, 16), 0.5)
     assert error(got, contexts, 0.5) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 100, SPLIT + 3])
 def test_a_window_hides_what_lies_before_it_and_does_not_read_it(
-    gpu: Any, rng: np.random.Generator, window: int, dtype: str
+    device: Any, rng: np.random.Generator, window: int, dtype: str
 ) -> None:
     contexts = [
         context_of(rng, length, count, 4, 2, 64, dtype)
         for length, count in [(2 * SPLIT + 70, 1), (40, 1), (150, 40)]
     ]
-    got = attend(gpu, Pool(contexts, 16), 0.3, window)
+    got = attend(device, Pool(contexts, 16), 0.3, window)
     assert error(got, contexts, 0.3, window) < BOUND[dtype]
     for context in contexts:
-        alone = attend(gpu, Pool([context], 16), 0.3, window)
+        alone = attend(device, Pool([context], 16), 0.3, window)
         oldest = max(0, context.first_position - window + 1)  # the first that the first query sees
-        forgotten = attend(gpu, Pool([context], 16, forget_before=oldest), 0.3, window)
+        forgotten = attend(device, Pool([context], 16, forget_before=oldest), 0.3, window)
         assert same_bits(forgotten, alone)
 
 
 @pytest.mark.parametrize("num_queries", [1, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_may_be_far_apart_and_far_from_zero(
-    gpu: Any, rng: np.random.Generator, dtype: str, num_queries: int
+    device: Any, rng: np.random.Generator, dtype: str, num_queries: int
 ) -> None:
     context = context_of(rng, 100, num_queries, 3, 1, 64, dtype)
     context.q[...], context.k[...] = cast(-1e9, dtype), cast(1e9, dtype)
-    got = attend(gpu, Pool([context], 16), 1.0)  # every score is -6.4e19: the mean of the values
+    got = attend(device, Pool([context], 16), 1.0)  # every score is -6.4e19: the mean of the values
     assert error(got, [context], 1.0) < BOUND[dtype]
 
 
@@ -173,12 +173,12 @@ def test_scores_may_be_far_apart_and_far_from_zero(
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_that_is_seen_is_not_swallowed(
-    gpu: Any, rng: np.random.Generator, where: str, dtype: str, num_queries: int
+    device: Any, rng: np.random.Generator, where: str, dtype: str, num_queries: int
 ) -> None:
     context = context_of(rng, 40, num_queries, 1, 1, 64, dtype)
     getattr(context, where)[0, 0, 23] = cast(np.nan, dtype)
     assert np.isnan(Context.attention(context, 0.2)).any()
-    got = attend(gpu, Pool([context], 16), 0.2)
+    got = attend(device, Pool([context], 16), 0.2)
     assert relative_error(got, np.zeros(got.shape)) == np.inf
 
 
@@ -189,11 +189,11 @@ def test_a_nan_that_is_seen_is_not_swallowed(
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (9, 3)])
 def test_a_token_of_a_chunk_gives_the_same_bits_in_any_chunking(
-    gpu: Any, rng: np.random.Generator, dtype: str, window: int, heads: int, kv_heads: int
+    device: Any, rng: np.random.Generator, dtype: str, window: int, heads: int, kv_heads: int
 ) -> None:
     length = KEYS + 60  # 124: tiles of 32 tokens at a group of 4, of 42 at a group of 3
     context = context_of(rng, length, length, heads, kv_heads, 64, dtype)
-    whole = attend(gpu, Pool([context], 16), 0.2, window)
+    whole = attend(device, Pool([context], 16), 0.2, window)
     for chunk in (1, 7, 33, 100):
         parts = []
         for first in range(0, length, chunk):
@@ -202,25 +202,25 @@ def test_a_token_of_a_chunk_gives_the_same_bits_in_any_chunking(
                 parts.append(whole[first:end])
                 continue
             pool = Pool([context.up_to(end, end - first)], 16)
-            parts.append(attend(gpu, pool, 0.2, window, as_chunks=True))
+            parts.append(attend(device, pool, 0.2, window, as_chunks=True))
         assert same_bits(np.concatenate(parts), whole), f"chunks of {chunk}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_gives_the_same_bits_in_any_batch_and_with_padding(
-    gpu: Any, rng: np.random.Generator, dtype: str
+    device: Any, rng: np.random.Generator, dtype: str
 ) -> None:
     contexts = [
         context_of(rng, length, count, 4, 1, 64, dtype)
         for length, count in [(SPLIT + 70, 1), (3, 1), (90, 1), (70, 40), (9, 2)]
     ]
-    batch = attend(gpu, Pool(contexts, 16), 0.2)
-    padded = attend(gpu, Pool(contexts, 16), 0.2, padding=2)
+    batch = attend(device, Pool(contexts, 16), 0.2)
+    padded = attend(device, Pool(contexts, 16), 0.2, padding=2)
     assert same_bits(np.delete(padded, [3, 4], axis=0), batch)
     assert not padded[3:5].any()
     row = 0
     for context in contexts:
-        alone = attend(gpu, Pool([context], 16), 0.2)
+        alone = attend(device, Pool([context], 16), 0.2)
         assert same_bits(batch[row : row + len(context.q)], alone)
         row += len(context.q)
 
@@ -228,35 +228,35 @@ def test_a_sequence_gives_the_same_bits_in_any_batch_and_with_padding(
 @pytest.mark.parametrize("num_queries", [1, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_size_and_order_of_blocks_change_no_bit(
-    gpu: Any, rng: np.random.Generator, dtype: str, num_queries: int
+    device: Any, rng: np.random.Generator, dtype: str, num_queries: int
 ) -> None:
     context = context_of(rng, SPLIT + 30, num_queries, 4, 2, 64, dtype)
-    want = attend(gpu, Pool([context], 16), 0.2)
+    want = attend(device, Pool([context], 16), 0.2)
     for block_size in (32, 256):
         for seed in (2, 3):
-            got = attend(gpu, Pool([context], block_size, seed), 0.2)
+            got = attend(device, Pool([context], block_size, seed), 0.2)
             assert same_bits(got, want), f"blocks of {block_size}, order {seed}"
 
 
 @pytest.mark.parametrize("margin", [3, 8])  # elements; 8 keep rows aligned to 16 bytes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_q_may_be_a_part_of_wider_rows(
-    gpu: Any, rng: np.random.Generator, dtype: str, margin: int
+    device: Any, rng: np.random.Generator, dtype: str, margin: int
 ) -> None:
     contexts = [context_of(rng, 33, count, 4, 2, 64, dtype) for count in (1, 7)]
     pool = Pool(contexts, 16)
-    got = attend(gpu, pool, 0.2, queries=in_wider_rows(pool.queries(), margin))
+    got = attend(device, pool, 0.2, queries=in_wider_rows(pool.queries(), margin))
     assert error(got, contexts, 0.2) < BOUND[dtype]
     if margin == 8:
-        assert same_bits(got, attend(gpu, pool, 0.2))
+        assert same_bits(got, attend(device, pool, 0.2))
 
 
 # --- Limits ---------------------------------------------------------------------------------------
 
 
 def test_a_head_wider_than_the_plain_path_takes_is_refused(
-    gpu: Any, rng: np.random.Generator
+    device: Any, rng: np.random.Generator
 ) -> None:
     context = context_of(rng, 3, 1, 1, 1, 264, "float32")
     with pytest.raises(Exception, match="head_dim is 264; on CUDA it is at most 256"):
-        attend(gpu, Pool([context], 16), 1.0)
+        attend(device, Pool([context], 16), 1.0)

@@ -39,7 +39,8 @@ inline float fast_exp2(float x) {
   return std::isnormal(result) || !std::isfinite(result) ? result : 0.0f;
 }
 
-inline void copy_async_16(void* shared, const void* global, bool valid = true) {
+template <int kPrefetch = 0>
+void copy_async_16(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, valid);
 }
 template <int kPending>

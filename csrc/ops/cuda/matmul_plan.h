@@ -3,8 +3,9 @@
 // benchmarks/tune_gemm.py writes (matmul_table.inc) and, for what is not in it, a rule.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "base/tensor.h"
 #include "ops/matmul.h"
@@ -45,12 +46,9 @@ struct MatmulCall {
   MutTensorView gate_up{};  // kNormSwiGlu
 };
 
-// The shapes of the streaming kernel: outputs and rows of a tile. The first ones can compute a
-// norm.
-struct StreamingTile {
-  int outputs, rows;
-};
-std::vector<StreamingTile> streaming_tiles();
+// The shapes of the streaming kernel, each the parameters of a StreamingShape. The first ones can
+// compute a norm.
+std::span<const std::array<int, 5>> streaming_shapes();
 int num_normalising_shapes();
 
 // The plan that the op takes for the call.

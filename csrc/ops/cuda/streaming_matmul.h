@@ -48,14 +48,15 @@ struct StreamingArguments {
 inline constexpr int kStreamingWarps = 8;
 inline constexpr int kStreamingThreads = kStreamingWarps * kWarpSize;
 
-// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step
-// of the ring, kStages steps in it.
-template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_>
+// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step of
+// the ring, kStages steps in it; kPrefetch bytes that a copy brings into the L2 cache at once.
+template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_, int kPrefetch_ = 0>
 struct StreamingShape {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kSlice = kSlice_;
   static constexpr int kStages = kStages_;
+  static constexpr int kPrefetch = kPrefetch_;
 
   static constexpr int kTileOutputs = 16 * kRowTiles;
   static constexpr int kTileRows = 8 * kColumnTiles;
@@ -63,7 +64,7 @@ struct StreamingShape {
   static constexpr int kRoundTiles = kColumnTiles < 4 ? kColumnTiles : 4;
   static constexpr int kSliceBytes = 2 * kSlice;  // of one row
 
-  static_assert(kSlice == 32 || kSlice == 64);
+  static_assert(kSlice == 32 || kSlice == 64 || kSlice == 128);
 };
 
 // How the block's shared memory is carved up.
@@ -75,7 +76,7 @@ struct StreamingLayout {
 
   __host__ __device__ StreamingLayout(std::int64_t depth, int rows, bool normalises) {
     // The half line between rows spreads the eight rows of a fragment over all banks.
-    normalized = normalises ? static_cast<std::size_t>((depth + 63) / 64 * 64) * 2 + 64 : 0;
+    normalized = normalises ? static_cast<std::size_t>(padded_depth(depth)) * 2 + 64 : 0;
     const int x_rows = rows < Shape::kTileRows ? rows : Shape::kTileRows;
     stage = static_cast<std::size_t>(Shape::kTileOutputs + (normalises ? 0 : x_rows)) *
             Shape::kSliceBytes;
@@ -85,6 +86,11 @@ struct StreamingLayout {
     total = scales + sizeof(float) * (kStreamingWarps + 1) * Shape::kTileRows;
     total = (total + 127) / 128 * 128;
     if (normalises) total += static_cast<std::size_t>(x_rows) * normalized;
+  }
+
+  // Where the last step of a warp ends at most; zeros from the depth to there.
+  __host__ __device__ static std::int64_t padded_depth(std::int64_t depth) {
+    return (depth + 63) / 64 * 64 + (Shape::kSlice > 64 ? Shape::kSlice - 64 : 0);
   }
 
   __device__ std::size_t normalized_rows(int rows) const {
@@ -97,7 +103,7 @@ struct StreamingLayout {
 // read four columns of two rows meet no bank twice.
 template <typename Shape>
 __device__ inline int slice_offset(int row, int column) {
-  const int swap = Shape::kSlice == 64 ? (row & 1) * 4 : 0;
+  const int swap = Shape::kSlice > 32 ? (row & 1) * 4 : 0;
   return row * Shape::kSliceBytes + (column ^ swap) * 16;
 }
 
@@ -167,9 +173,9 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
         output = first + row / 16 * 8 + row % 8;
         weight_row = output + (row % 16 < 8 ? 0 : group_outputs);
       }
-      copy_async_16(stage + slice_offset<Shape>(row, column),
-                    a.weight + weight_row * a.depth + k + column * 8,
-                    output < group_outputs && k + column * 8 < depth);
+      copy_async_16<Shape::kPrefetch>(stage + slice_offset<Shape>(row, column),
+                                      a.weight + weight_row * a.depth + k + column * 8,
+                                      output < group_outputs && k + column * 8 < last_k);
     }
   };
   const auto copy_x = [&](std::byte* stage, int tile, int k) {
@@ -182,7 +188,7 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
       const int row = lane / kVectors + i * kRowsPerCopy;
       if (row >= rows) break;
       copy_async_16(stage + slice_offset<Shape>(Shape::kTileOutputs + row, column),
-                    x + row * a.x_stride + k + column * 8, k + column * 8 < depth);
+                    x + row * a.x_stride + k + column * 8, k + column * 8 < last_k);
     }
   };
 
@@ -222,8 +228,8 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
     float squares[kNormRows] = {};
     const auto* x = static_cast<const float*>(a.x);
 #pragma unroll 2
-    for (int i = 0, k = 4 * static_cast<int>(threadIdx.x); k < (depth + 63) / 64 * 64;
-         ++i, k += 4 * kStreamingThreads) {
+    for (int i = 0, k = 4 * static_cast<int>(threadIdx.x);
+         k < StreamingLayout<Shape>::padded_depth(depth); ++i, k += 4 * kStreamingThreads) {
       const bool inside = k < depth;
       float4 scale = {0, 0, 0, 0};
       if (i == 0) {
