@@ -102,4 +102,13 @@ void CpuRunner::find_prompt_logprobs(std::span<const PromptRow> rows) {
   });
 }
 
+void CpuRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {
+  for (std::size_t first = 0; first < rows.size(); first += kPromptLogprobRows) {
+    const auto piece =
+        rows.subspan(first, std::min<std::size_t>(rows.size() - first, kPromptLogprobRows));
+    const MutTensorView logits = model_.logits(piece);
+    out = std::copy_n(logits.row<float>(0), logits.rows * logits.cols, out);
+  }
+}
+
 }  // namespace tinyvllm

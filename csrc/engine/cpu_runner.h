@@ -24,6 +24,7 @@ class CpuRunner : public Runner {
   std::size_t max_in_flight() const override { return 1; }
   void launch(const StepPlan& plan) override;
   StepResult collect() override;
+  void copy_logits(std::span<const std::int32_t> rows, float* out) override;
   void abandon() override {}
 
  private:

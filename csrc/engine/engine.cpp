@@ -9,8 +9,8 @@
 
 #include "base/errors.h"
 #include "base/host.h"
-#include "engine/cpu_runner.h"
-#include "engine/philox.h"
+#include "base/philox.h"
+#include "engine/make_runner.h"
 
 namespace tinyvllm {
 namespace {
@@ -59,16 +59,16 @@ EngineConfig checked(const EngineConfig& config) {
     require(*config.kv_cache_memory_bytes >= 1, "kv_cache_memory_bytes",
             *config.kv_cache_memory_bytes, "at least 1");
   }
+  if (!(config.gpu_memory_utilization > 0 && config.gpu_memory_utilization <= 1)) {
+    throw InvalidRequestError("gpu_memory_utilization is " +
+                              std::to_string(config.gpu_memory_utilization) +
+                              "; it must be above 0 and at most 1.");
+  }
   if (config.max_model_len) {
     require(*config.max_model_len >= 2, "max_model_len", *config.max_model_len,
             "at least 2 (one token of prompt and one of output)");
   }
   return config;
-}
-
-DType compute_dtype(const EngineConfig& config, const Checkpoint& checkpoint) {
-  if (config.dtype) return *config.dtype;
-  return checkpoint.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
 }
 
 std::int64_t choose_max_model_len(const EngineConfig& config, const ModelConfig& model,
@@ -97,12 +97,6 @@ std::uint64_t derived_seed(std::uint64_t engine_seed, std::uint64_t arrival) {
   return (std::uint64_t{words[1]} << 32) | words[0];
 }
 
-// Files name end tokens that the model does not have; it can never choose them.
-std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
-  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
-  return tokens;
-}
-
 bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -123,9 +117,7 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
       trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
-      runner_(std::make_unique<CpuRunner>(checkpoint_, compute_dtype(config, checkpoint_),
-                                          config.num_threads, config.max_num_batched_tokens,
-                                          config.max_num_seqs, eos_token_ids_)),
+      runner_(make_runner(checkpoint_, config)),
       kv_shape_(make_kv_cache()),
       max_model_len_(choose_max_model_len(config, checkpoint_.config(),
                                           kv_shape_.num_blocks * kv_shape_.block_size,
@@ -328,7 +320,8 @@ void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
     in_flight.targets.insert(in_flight.targets.end(), forks.begin(), forks.end());
   }
   for (std::size_t i = 0; i < in_flight.targets.size(); ++i) {
-    in_flight.targets[i]->pending = static_cast<std::int32_t>(i);
+    ++in_flight.targets[i]->num_pending;
+    in_flight.targets[i]->pending_draw = static_cast<std::int32_t>(i);
   }
 }
 
@@ -361,7 +354,7 @@ void Engine::collect_oldest(StepOutput& output) {
   for (std::size_t i = 0; i < step.targets.size(); ++i) {
     Sequence* sequence = step.targets[i];
     if (sequence == nullptr) continue;
-    sequence->pending = -1;
+    --sequence->num_pending;
     if (result.errors[i]) {
       failed.emplace(sequence->request->id, result.errors[i]);
     } else {

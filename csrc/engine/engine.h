@@ -19,6 +19,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "engine/block_pool.h"
+#include "engine/engine_config.h"
 #include "engine/prefix_cache.h"
 #include "engine/request.h"
 #include "engine/runner.h"
@@ -26,28 +27,6 @@
 #include "engine/trace.h"
 
 namespace tinyvllm {
-
-struct EngineConfig {
-  std::optional<DType> dtype;  // float32 or bfloat16; absent: from the checkpoint (DESIGN 5)
-  // Prompt and output together. Absent: the smaller of the model's own and what the pool holds.
-  std::optional<std::int64_t> max_model_len;
-  std::int64_t max_num_seqs = 256;
-  std::int64_t max_num_batched_tokens = 2048;
-  std::int64_t block_size = 16;
-  // The KV pool, by its number of blocks, else by its bytes, else the smaller of max_num_seqs x
-  // max_model_len tokens and 40% of the available memory.
-  std::optional<std::int64_t> num_blocks;
-  std::optional<std::int64_t> kv_cache_memory_bytes;
-  int num_threads = 0;  // 0: one a physical core
-  std::uint64_t seed = 0;
-  bool prefix_caching = true;
-  bool static_batching =
-      false;  // admit only when nothing runs; to measure what continuous batching gains
-  std::uint64_t prefix_hash_mask = ~std::uint64_t{0};  // see PrefixCache; for tests
-  std::int64_t fail_at_step = 0;                       // the step that throws, from 1; for tests
-  std::vector<std::int32_t> eos_token_ids;             // those outside the vocabulary are ignored
-  std::optional<std::filesystem::path> trace;          // a file for events (trace.h)
-};
 
 // What one step produced. Events come as parallel arrays, with an entry for each: a new token of an
 // output, the end of that output, or both. A request has ended when all its outputs have.

@@ -71,8 +71,10 @@ struct Sequence {
   bool stands_for_all = false;  // not forked yet
 
   std::vector<std::int32_t> tokens;  // prompt, then output, as far as it is known
-  // Which draw of the step in flight gives its next token; -1: none, all its tokens are known.
-  std::int32_t pending = -1;
+  // Tokens behind these that steps in flight sample; the last of them is this draw of the step that
+  // was launched last.
+  std::int32_t num_pending = 0;
+  std::int32_t pending_draw = -1;
   // Tokens whose K and V are in the cache, or will be when the steps in flight have ended. A sequence
   // is in prefill while more than one is missing.
   std::size_t num_computed_tokens = 0;
@@ -83,8 +85,8 @@ struct Sequence {
   // How often each token was put out; kept only where penalties ask for it.
   std::unordered_map<std::int32_t, std::int32_t> output_counts;
 
-  // With the one that is not known yet.
-  std::size_t num_tokens() const { return tokens.size() + (pending >= 0 ? 1 : 0); }
+  // With those that are not known yet.
+  std::size_t num_tokens() const { return tokens.size() + static_cast<std::size_t>(num_pending); }
   std::size_t num_output_tokens() const { return num_tokens() - request->num_prompt_tokens; }
   // Where the K and V of a position lie (kv_cache.h).
   std::int64_t slot(std::int64_t position, std::int64_t block_size) const {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,7 @@ struct PromptRow {
 
 // A step. The batch is the scheduled tokens of its sequences, one sequence after the other; they
 // begin at num_computed_tokens, and the last of them may be the one that the step in flight samples
-// (Sequence::pending).
+// (Sequence::pending_draw).
 struct StepPlan {
   const std::vector<ScheduledSequence>& sequences;
   const std::vector<BlockCopy>& copies;
@@ -76,6 +77,9 @@ class Runner {
 
   // The result of the oldest step in flight, when it is there.
   virtual StepResult collect() = 0;
+
+  // For tests: the logits [rows, vocab], float32, of some rows of the batch that was launched last.
+  virtual void copy_logits(std::span<const std::int32_t> rows, float* out) = 0;
 
   // After an error: waits for all steps in flight and drops their results.
   virtual void abandon() = 0;

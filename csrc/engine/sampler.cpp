@@ -2,26 +2,18 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <limits>
-#include <numbers>
 #include <numeric>
 #include <string>
 
 #include "base/errors.h"
-#include "engine/philox.h"
+#include "ops/gumbel.h"
 
 namespace tinyvllm {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// The nearest float that is neither 0 nor infinite: their products with -inf and 0 are no numbers.
-float positive_float(double value) {
-  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
-                                               std::numeric_limits<float>::max()));
-}
 
 // The lowest id among the largest values.
 std::int32_t argmax(std::span<const float> values) {
@@ -67,9 +59,8 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
 std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
   std::vector<std::int32_t> kept;
   const float maximum = *std::max_element(logits.begin(), logits.end());
-  // p >= min_p * p_max is a bound on the distance of two logits, without any softmax.
-  const float lowest = params.min_p > 0 ? maximum + static_cast<float>(std::log(params.min_p))
-                                        : std::numeric_limits<float>::lowest();
+  const float lowest =
+      params.min_p > 0 ? maximum + log_min_p(params) : std::numeric_limits<float>::lowest();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     if (logits[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
   }
@@ -106,23 +97,6 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<co
   return kept;
 }
 
-// The random bits of the tokens 4 i .. 4 i + 3: one Philox call has room for four.
-std::array<std::uint32_t, 4> token_noise(std::uint64_t seed, std::uint32_t sample_index,
-                                         std::uint32_t position, std::uint32_t i) {
-  return philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
-                {i, position, sample_index, 0});
-}
-
-// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts
-// of (0, 1).
-double gumbel(std::uint32_t bits) {
-  return -std::log(-std::log(std::ldexp(static_cast<double>(bits) + 0.5, -32)));
-}
-
-// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of
-// leading ones, and -log(-log(u)) <= -log(1 - u).
-double gumbel_bound(std::uint32_t bits) { return (std::countl_one(bits) + 1) * std::numbers::ln2; }
-
 std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
                   std::span<const std::int32_t> kept, std::span<const float> logits) {
   const std::uint64_t seed = sequence.request->seed;
@@ -139,7 +113,7 @@ std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
     }
     const std::uint32_t bits = words[id % 4];
     const double logit = logits[id];
-    if (logit + gumbel_bound(bits) < best) continue;  // nearly all: only a few can still win
+    if (logit + gumbel_upper_bound(bits) < best) continue;  // nearly all: only a few can still win
     const double value = logit + gumbel(bits);
     if (value > best || (value == best && token < winner)) {
       best = value;
@@ -150,6 +124,39 @@ std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
 }
 
 }  // namespace
+
+float positive_float(double value) {
+  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
+                                               std::numeric_limits<float>::max()));
+}
+
+float inverse_temperature(const SamplingParams& params) {
+  return positive_float(1.0 / params.temperature);
+}
+
+float log_min_p(const SamplingParams& params) {
+  return params.min_p > 0 ? static_cast<float>(std::log(params.min_p)) : kMinusInfinity;
+}
+
+DrawOrigin::DrawOrigin(const Sequence& sequence)
+    : request(sequence.request->id),
+      position(static_cast<std::int64_t>(sequence.num_tokens()) - 1),
+      min_tokens(sequence.request->params.min_tokens),
+      num_stop_token_ids(sequence.request->params.stop_token_ids.size()) {}
+
+std::string DrawOrigin::not_finite() const {
+  return "Request " + std::to_string(request) + ": a logit at position " +
+         std::to_string(position) +
+         " is not a finite number. The weights are damaged, or too large for their dtype; try "
+         "dtype "
+         "float32.";
+}
+
+std::string DrawOrigin::no_token() const {
+  return "Request " + std::to_string(request) + ": min_tokens is " + std::to_string(min_tokens) +
+         " and the " + std::to_string(num_stop_token_ids) +
+         " stop_token_ids leave no token to choose. Lower min_tokens to 0.";
+}
 
 double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::uint32_t token) {
@@ -189,10 +196,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                        std::span<const float> raw) const {
   const SamplingParams& params = sequence.request->params;
   if (!std::all_of(raw.begin(), raw.end(), [](float x) { return std::isfinite(x); })) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": a logit at position " +
-                std::to_string(sequence.tokens.size() - 1) +
-                " is not a finite number. The weights are damaged, or too large for their dtype; "
-                "try dtype float32.");
+    throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits.
@@ -203,14 +207,11 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
   Sample sample;
   sample.token = argmax(logits);
   if (logits[static_cast<std::size_t>(sample.token)] == kMinusInfinity) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": min_tokens is " +
-                std::to_string(params.min_tokens) + " and the " +
-                std::to_string(params.stop_token_ids.size()) +
-                " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
+    throw Error(DrawOrigin(sequence).no_token());
   }
   if (!params.greedy()) {
-    const float inverse_temperature = positive_float(1.0 / params.temperature);
-    for (float& logit : logits) logit *= inverse_temperature;
+    const float inverse = inverse_temperature(params);
+    for (float& logit : logits) logit *= inverse;
     sample.token = draw(sequence, static_cast<std::uint32_t>(sample_index),
                         kept_tokens(params, logits), logits);
   }

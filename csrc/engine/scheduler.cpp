@@ -35,7 +35,7 @@ ScheduledStep Scheduler::schedule() {
 
   for (std::size_t i = 0; i < running_.size() && budget > 0; ++i) {
     Sequence& sequence = *running_[i];
-    if (sequence.pending >= 0 && !may_run_ahead(sequence)) continue;
+    if (sequence.num_pending > 0 && !may_run_ahead(sequence)) continue;
     const std::int64_t num_tokens = std::min(num_missing(sequence), budget);
     bool fits = make_room(sequence, num_tokens, step);
     while (!fits && running_.size() > i + 1) {  // whoever came last gives way
@@ -107,7 +107,7 @@ void Scheduler::preempt_last(const Sequence& needy) {
 // of it.
 bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
   Sequence& sequence = *waiting_.front();
-  if (sequence.pending >= 0) return false;  // preempted while its next token was being computed
+  if (sequence.num_pending > 0) return false;  // preempted while its next token was being computed
   if (num_slots_used() + sequence.num_slots() > config_.max_num_seqs) return false;
   const std::vector<BlockId> prefix = find_prefix(sequence);
   const std::int64_t num_cached = std::ssize(prefix) * config_.block_size;

@@ -5,6 +5,9 @@
 #include <utility>
 
 #include "base/errors.h"
+#if defined(TINYVLLM_HAS_CUDA)
+#include "cuda/context.h"
+#endif
 #include "ops/gather_rows.h"
 #include "ops/norm_matmul.h"
 #include "ops/rope.h"
@@ -84,7 +87,7 @@ MutTensorView Transformer<Context>::logits(std::span<const std::int32_t> rows) {
   }
   const MutTensorView residual = first_rows(last_residual_.view, num_rows);
   const MutTensorView normalized = first_rows(last_normalized_.view, num_rows);
-  const MutTensorView logits = first_rows(logits_.view, num_rows);
+  const MutTensorView logits = logits_view(num_rows);
   gather_rows(ctx_, rows, residual_.view, residual);
   norm_matmul(ctx_, residual, weights_.final_norm, config_.rms_norm_eps, weights_.lm_head,
               normalized, logits);
@@ -94,5 +97,9 @@ MutTensorView Transformer<Context>::logits(std::span<const std::int32_t> rows) {
 template class Transformer<CpuContext>;
 template void Transformer<CpuContext>::forward(const Batch<std::span<const BatchSequence>>&,
                                                const KvCache&);
+#if defined(TINYVLLM_HAS_CUDA)
+template class Transformer<CudaContext>;
+template void Transformer<CudaContext>::forward(const Batch<CudaSequences>&, const KvCache&);
+#endif
 
 }  // namespace tinyvllm

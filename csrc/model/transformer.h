@@ -48,6 +48,11 @@ class Transformer {
   // The output matrix is the largest of all, so that only those are computed that are used.
   MutTensorView logits(std::span<const std::int32_t> rows);
 
+  // Where logits() writes those of so many rows.
+  MutTensorView logits_view(std::int64_t num_rows) const {
+    return first_rows(logits_.view, num_rows);
+  }
+
  private:
   // A matrix of activations, at the size of the largest batch.
   struct Buffer {

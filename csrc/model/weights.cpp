@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <string>
 
 #include "base/errors.h"
@@ -92,15 +91,15 @@ class Loader {
 
   std::byte* allocate(std::size_t bytes) {
     try {
-      weights_.copies.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
-    } catch (const std::bad_alloc&) {
+      weights_.copies.push_back(ctx_.allocate(bytes));
+    } catch (const CapacityError&) {
       throw CapacityError("Cannot allocate " + std::to_string(bytes) +
                           " bytes to copy a tensor to another dtype, after " +
                           std::to_string(weights_.copied_bytes) +
                           " bytes of other copies. Take the dtype of the files.");
     }
     weights_.copied_bytes += bytes;
-    return weights_.copies.back().get();
+    return static_cast<std::byte*>(weights_.copies.back().get());
   }
 
   const CpuContext& ctx_;

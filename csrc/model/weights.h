@@ -12,10 +12,10 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <span>
 #include <vector>
 
+#include "base/memory.h"
 #include "base/tensor.h"
 #include "checkpoint/checkpoint.h"
 #include "ops/cpu_context.h"
@@ -43,7 +43,7 @@ struct Weights {
   Weight lm_head;  // [vocab, hidden]; the embedding itself where the two are tied
 
   // What had to be copied, and its size in bytes. All else points into the checkpoint's mappings.
-  std::vector<std::unique_ptr<std::byte[]>> copies;
+  std::vector<Memory> copies;
   std::size_t copied_bytes = 0;
 };
 

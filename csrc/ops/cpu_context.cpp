@@ -60,14 +60,26 @@ CpuContext::CpuContext(int num_threads, const std::string& isa)
     : kernels_(&choose_kernels(isa)),
       pool_(num_threads == 0 ? default_num_threads() : num_threads) {}
 
-Memory CpuContext::allocate(std::size_t bytes) const {
+Memory CpuContext::allocate(std::size_t bytes, const char* purpose) const {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
-    throw CapacityError("Cannot reserve " + std::to_string(bytes) +
-                        " bytes for activations. Lower max_num_batched_tokens and max_num_seqs.");
+    throw CapacityError("Cannot reserve " + std::to_string(bytes) + " bytes for " + purpose +
+                        ". Lower max_num_batched_tokens and max_num_seqs.");
   }
   return Memory(memory, {[](void* address, std::size_t size) { munmap(address, size); }, bytes});
+}
+
+std::byte* CpuContext::scratch(std::size_t bytes) const {
+  constexpr std::size_t kAlignment = 64;
+  if (bytes > scratch_bytes_) {
+    scratch_.reset();
+    scratch_ = std::make_unique_for_overwrite<std::byte[]>(bytes + kAlignment);
+    scratch_bytes_ = bytes;
+  }
+  void* start = scratch_.get();
+  std::size_t space = scratch_bytes_ + kAlignment;
+  return static_cast<std::byte*>(std::align(kAlignment, scratch_bytes_, start, space));
 }
 
 }  // namespace tinyvllm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 
 #include "base/dtype.h"
@@ -20,9 +21,9 @@ class CpuContext {
   int num_threads() const { return pool_.num_threads(); }
   const Kernels& kernels() const { return *kernels_; }
 
-  // Memory for activations: reserved here, taken from the system when first used. Throws
-  // CapacityError.
-  Memory allocate(std::size_t bytes) const;
+  // Memory that is reserved here and taken from the system when first used. Throws CapacityError
+  // with the purpose and the bytes.
+  Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
 
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }
@@ -33,9 +34,15 @@ class CpuContext {
     pool_.parallel_for(count, f);
   }
 
+  // Memory for one op to work in, aligned to 64 bytes. It is the context's own, grows to the most
+  // that was asked for, and is the next op's after this one.
+  std::byte* scratch(std::size_t bytes) const;
+
  private:
   const Kernels* kernels_;
   mutable ThreadPool pool_;  // an op does not change what it computes by running on the pool
+  mutable std::unique_ptr<std::byte[]> scratch_;
+  mutable std::size_t scratch_bytes_ = 0;
 };
 
 }  // namespace tinyvllm

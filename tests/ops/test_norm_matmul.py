@@ -90,12 +90,12 @@ def test_matmul_add_adds_the_product_to_the_residual(
 
 @pairs
 def test_on_the_cpu_the_fused_ops_are_the_separate_ones_bit_for_bit(
-    device: Any, rng: np.random.Generator, dtype: str, w_dtype: str
+    cpu_device: Any, rng: np.random.Generator, dtype: str, w_dtype: str
 ) -> None:
     x = cast(rng.standard_normal((7, 77)), "float32")
     norm = cast(rng.standard_normal(77), "float32")
     weight = cast(rng.standard_normal((58, 77)), w_dtype)
-    product = ops.matmul(device, ops.rms_norm(device, x, norm, 1e-5, dtype), [weight])
-    assert same_bits(ops.norm_matmul(device, x, norm, 1e-5, [weight], dtype), product)
-    activated = ops.silu_mul(device, product, dtype)
-    assert same_bits(ops.norm_swiglu(device, x, norm, 1e-5, [weight], dtype), activated)
+    product = ops.matmul(cpu_device, ops.rms_norm(cpu_device, x, norm, 1e-5, dtype), [weight])
+    assert same_bits(ops.norm_matmul(cpu_device, x, norm, 1e-5, [weight], dtype), product)
+    activated = ops.silu_mul(cpu_device, product, dtype)
+    assert same_bits(ops.norm_swiglu(cpu_device, x, norm, 1e-5, [weight], dtype), activated)

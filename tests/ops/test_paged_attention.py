@@ -23,7 +23,12 @@ from tinyvllm import _core
 
 ops = _core.ops
 
-SPLIT, TILE = 1024, 16  # where long contexts are cut, and the tiles between
+SPLIT, TILE = 1024, 64  # where long contexts are cut, and the tiles between
+
+
+def rounds_to_bfloat16(device: Any, dtype: str) -> bool:
+    """Whether queries and softmax weights are rounded, for an instruction on pairs of bfloat16."""
+    return bool(device.isa == "avx512bf16") and dtype == "bfloat16"
 
 
 @dataclasses.dataclass
@@ -159,8 +164,13 @@ def test_a_mixed_batch_matches_float64(
     ]
     scale = dim**-0.5
     got = Pool(contexts, block_size).attend(device, scale)
+    bound = 1e-6
+    if rounds_to_bfloat16(device, dtype):
+        bound = 2**-8  # a weight is off by up to 2^-9 of itself, and so is their total
+        for context in contexts:
+            context.q = widen(to_bfloat16(context.q)).astype(np.float32)
     want = np.concatenate([context.attention(scale) for context in contexts])
-    assert relative_error(got, want) < 1e-6
+    assert relative_error(got, want) < bound
 
 
 @pytest.mark.parametrize("length", [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + TILE + 3])
@@ -168,7 +178,7 @@ def test_long_contexts_match_float64(device: Any, rng: np.random.Generator, leng
     context = Context.random(rng, length, 3, 4, 2, 24)
     # Scores spread enough that the maximum moves from tile to tile and from split to split.
     got = attend(device, [context], 0.5)
-    assert relative_error(got, context.attention(0.5)) < 1e-6
+    assert relative_error(got, context.attention(0.5)) < 2e-6
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 1000, 5000])
@@ -213,8 +223,20 @@ def test_each_softmax_weight_is_right_down_to_the_end_of_float32(device: Any) ->
     context.k[:, 0, 0] = -steps
     weights = widen(attend(device, [context], 1.0))[0]
     want = np.exp(-steps) / np.exp(-steps).sum()
-    np.testing.assert_allclose(weights[:87], want[:87], rtol=4e-7)
+    # The difference of two scores is rounded once more when it becomes a power of 2.
+    bound = 4e-7 + 2**-23 * steps[:87]
+    np.testing.assert_array_less(np.abs(weights[:87] / want[:87] - 1), bound)
     np.testing.assert_allclose(weights[87:], want[87:], rtol=0, atol=2e-38)
+
+
+@pytest.mark.parametrize("length", [40, 100, SPLIT + 100])
+def test_the_weights_of_bfloat16_values_add_up_to_one(
+    device: Any, rng: np.random.Generator, length: int
+) -> None:
+    context = Context.random(rng, length, 5, 3, 1, 24, "bfloat16")
+    context.v[...] = context.v[0]
+    got = widen(attend(device, [context], 0.3)).reshape(5 * 3, 24)
+    assert relative_error(got, np.tile(widen(context.v[0]), (15, 1))) < 3e-6
 
 
 def test_bfloat16_output_is_the_float32_output_rounded(

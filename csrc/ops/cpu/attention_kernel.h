@@ -1,8 +1,15 @@
-// Attention of one token over its paged context, with an online softmax (Milakov & Gimelshein 2018;
-// FlashAttention, Dao et al. 2022): the scores of a tile are used and forgotten, and what was
-// summed under an older maximum is scaled down when a larger score appears.
+// Attention over a paged context with an online softmax (Milakov & Gimelshein 2018;
+// FlashAttention, Dao et al. 2022): the scores of a tile of positions are used and forgotten, and
+// what was summed under an older maximum is scaled down when a larger score appears.
 //
-// A position outside [first, last] is never read: its slot may hold anything.
+// The rows are queries: the heads of one KV head, at one token or at several. A tile's keys are
+// turned once into a panel [head_dim][position], its values into [position][head_dim], and both
+// products are then the same loop: broadcast an element of the row, multiply with a vector of the
+// panel, add. An output element has one accumulator over ascending k, in one lane, whatever the
+// number of rows; a row's instructions depend on its own position only (DESIGN 4.2).
+//
+// A score outside a row's range is replaced by -inf, whatever it is. Values outside it are not
+// multiplied: their slots may hold anything.
 #pragma once
 
 #include "ops/cpu/kernels.h"
@@ -11,110 +18,476 @@
 namespace tinyvllm::TINYVLLM_ISA {
 
 inline constexpr float kMinusInfinity = -__builtin_inff();
+inline constexpr std::int64_t kTile = kAttentionTile;
+inline constexpr int kTileVectors = kTile / kLanes;
 
-TINYVLLM_INLINE float exp(float x) { return exp(broadcast(x))[0]; }
-
+// How the two products multiply. Generic: in float32, keys and values widened exactly.
 template <typename Kv>
-TINYVLLM_INLINE float dot(const float* query, const Kv* key, std::int64_t size) {
-  Float sum{};
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) sum = multiply_add(load(query + i), load(key + i), sum);
-  if (i < size) {
-    sum = multiply_add(load_partial(query + i, size - i), load_partial(key + i, size - i), sum);
+struct Products {
+  using Element = float;                // of the panels, and of what they are multiplied with
+  static constexpr int kPair = 1;       // successive elements of k that one step consumes
+  static constexpr int kLoad = kLanes;  // elements of Kv in one vector
+
+  TINYVLLM_INLINE static Float load_row(const Kv* p) { return load(p); }
+  TINYVLLM_INLINE static Float load_row(const Kv* p, std::int64_t count) {
+    return load_partial(p, count);
   }
-  return horizontal_sum(sum);
+  TINYVLLM_INLINE static Float broadcast_pair(const float* p) { return broadcast(*p); }
+  TINYVLLM_INLINE static Float multiply_add_pairs(Float pairs, Float panel, Float sum) {
+    return multiply_add(pairs, panel, sum);
+  }
+  TINYVLLM_INLINE static void store_query(const float* query, std::int64_t size, float* out) {
+    for (std::int64_t i = 0; i < size; ++i) out[i] = query[i];
+  }
+  // Puts a row's weights where the second product reads them, and adds them to its totals.
+  TINYVLLM_INLINE static Float store_weights(const Float (&weights)[kTileVectors], float* row,
+                                             Float totals) {
+    Float sum = weights[0];
+#pragma GCC unroll 16
+    for (int v = 1; v < kTileVectors; ++v) sum += weights[v];
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) store(row + v * kLanes, weights[v]);
+    return totals + sum;
+  }
+  // The panel of the values [kTile][columns], at the positions first..last; that of j lies at
+  // values + offsets[j].
+  TINYVLLM_INLINE static void pack_values(const Kv* values, const std::int64_t* offsets,
+                                          std::int64_t first, std::int64_t last, std::int64_t dim,
+                                          std::int64_t columns, float* panel) {
+    for (std::int64_t j = first; j <= last; ++j) {
+      const Kv* row = values + offsets[j];
+      for (std::int64_t c = 0; c < dim; c += kLanes) {
+        store(panel + j * columns + c,
+              c + kLanes <= dim ? load_row(row + c) : load_row(row + c, dim - c));
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 as it is: vdpbf16ps adds the products of two successive elements of k in one lane. The
+// query is rounded to bfloat16, which is what it is in Transformers, and so are the weights; their
+// total is that of the rounded ones, so that the result is a true weighted mean.
+template <>
+struct Products<BFloat16> {
+  using Element = BFloat16;
+  static constexpr int kPair = 2;
+  static constexpr int kLoad = 32;
+
+  TINYVLLM_INLINE static __m512bh as_pairs(Float v) { return reinterpret_cast<__m512bh>(v); }
+
+  TINYVLLM_INLINE static Float load_row(const BFloat16* p) { return _mm512_loadu_ps(p); }
+  TINYVLLM_INLINE static Float load_row(const BFloat16* p, std::int64_t count) {
+    const auto mask = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+  }
+  TINYVLLM_INLINE static Float broadcast_pair(const BFloat16* p) {
+    float pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_ps(pair);
+  }
+  TINYVLLM_INLINE static Float multiply_add_pairs(Float pairs, Float panel, Float sum) {
+    return _mm512_dpbf16_ps(sum, as_pairs(pairs), as_pairs(panel));
+  }
+  TINYVLLM_INLINE static void store_query(const float* query, std::int64_t size, BFloat16* out) {
+    for (std::int64_t i = 0; i < size; i += 16) {
+      const auto mask = static_cast<__mmask16>(size - i < 16 ? (1u << (size - i)) - 1 : 0xffffu);
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, query + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), reinterpret_cast<__m256i>(rounded));
+    }
+  }
+  TINYVLLM_INLINE static Float store_weights(const Float (&weights)[kTileVectors], float* row,
+                                             Float totals) {
+    const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; v += 2) {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(weights[v + 1], weights[v]);
+      _mm512_storeu_si512(row + v / 2 * kLanes, reinterpret_cast<__m512i>(rounded));
+      totals = _mm512_dpbf16_ps(totals, rounded, ones);
+    }
+    return totals;
+  }
+  // [kTile / 2][columns][2]: the values of two successive positions side by side.
+  TINYVLLM_INLINE static void pack_values(const BFloat16* values, const std::int64_t* offsets,
+                                          std::int64_t first, std::int64_t last, std::int64_t dim,
+                                          std::int64_t columns, BFloat16* panel) {
+    alignas(64) std::uint16_t order[2][32];
+    for (std::uint16_t i = 0; i < 16; ++i) {
+      for (std::uint16_t half = 0; half < 2; ++half) {
+        order[half][2 * i] = static_cast<std::uint16_t>(16 * half + i);
+        order[half][2 * i + 1] = static_cast<std::uint16_t>(32 + 16 * half + i);
+      }
+    }
+    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    const auto at = [&](std::int64_t j, std::int64_t c) {
+      if (j < first || j > last) return _mm512_setzero_si512();
+      const BFloat16* p = values + offsets[j] + c;
+      return _mm512_castps_si512(dim - c < kLoad ? load_row(p, dim - c) : load_row(p));
+    };
+    for (std::int64_t j = first / 2 * 2; j <= last; j += 2) {
+      BFloat16* out = panel + j * columns;
+      for (std::int64_t c = 0; c < dim; c += kLoad) {
+        const __m512i left = at(j, c), right = at(j + 1, c);
+        _mm512_store_si512(out + 2 * c, _mm512_permutex2var_epi16(left, low, right));
+        if (c + 16 < columns) {
+          _mm512_store_si512(out + 2 * c + 32, _mm512_permutex2var_epi16(left, high, right));
+        }
+      }
+    }
+  }
+};
+#endif
+
+// c[r, :] (+)= sum_k a[r, k] panel[k, :], for kRows rows and kVectors vectors of columns. A step is
+// kPair elements of k.
+template <typename P, bool kFromZero, int kRows, int kVectors>
+TINYVLLM_INLINE void product_tile(const typename P::Element* a, std::int64_t a_stride,
+                                  const typename P::Element* panel, std::int64_t panel_stride,
+                                  std::int64_t steps, float* c, std::int64_t c_stride) {
+  Float sums[kRows][kVectors] = {};
+  if constexpr (!kFromZero) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * c_stride + v * kLanes);
+    }
+  }
+  for (std::int64_t step = 0; step < steps; ++step) {
+    Float columns[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_memcpy(&columns[v], panel + step * panel_stride + v * kLanes * P::kPair,
+                       sizeof(Float));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Float row = P::broadcast_pair(a + r * a_stride + step * P::kPair);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = P::multiply_add_pairs(row, columns[v], sums[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
+  }
 }
 
-// x[i] = x[i] * scale + y[i] * weight
-template <typename T>
-TINYVLLM_INLINE void scale_and_add(float* x, float scale, const T* y, float weight,
-                                   std::int64_t size) {
-  const Float scales = broadcast(scale), weights = broadcast(weight);
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    store(x + i, multiply_add(load(y + i), weights, load(x + i) * scales));
+// The vectors of columns that fit in registers with six rows.
+#if defined(__AVX512F__)
+inline constexpr int kWide = 4;  // of 32
+#else
+inline constexpr int kWide = 2;  // of 16
+#endif
+
+// The same for any number of rows and vectors; which of them are done together changes no bit.
+template <typename P, bool kFromZero>
+void product(const typename P::Element* a, std::int64_t a_stride, const typename P::Element* panel,
+             std::int64_t panel_stride, std::int64_t steps, float* c, std::int64_t c_stride,
+             std::int64_t rows, std::int64_t vectors) {
+  const auto strip = [&]<int kVectors>(std::int64_t v) {
+    const auto* columns = panel + v * kLanes * P::kPair;
+    std::int64_t r = 0;
+    const auto tile = [&]<int kRows>() {
+      product_tile<P, kFromZero, kRows, kVectors>(a + r * a_stride, a_stride, columns, panel_stride,
+                                                  steps, c + r * c_stride + v * kLanes, c_stride);
+      r += kRows;
+    };
+    while (rows - r >= 6) tile.template operator()<6>();
+    if (rows - r >= 4) tile.template operator()<4>();
+    if (rows - r == 3) tile.template operator()<3>();
+    if (rows - r == 2) tile.template operator()<2>();
+    if (rows - r == 1) tile.template operator()<1>();
+  };
+  std::int64_t v = 0;
+  for (; v + kWide <= vectors; v += kWide) strip.template operator()<kWide>(v);
+  if constexpr (kWide == 4) {
+    if (vectors - v >= 2) {
+      strip.template operator()<2>(v);
+      v += 2;
+    }
   }
-  if (i < size) {
-    const Float sum = multiply_add(load_partial(y + i, size - i), weights,
-                                   load_partial(x + i, size - i) * scales);
-    store_partial(x + i, sum, size - i);
-  }
+  if (v < vectors) strip.template operator()<1>(v);
 }
 
-// The state of an online softmax over values: maximum score, sum of weights, weighted sum of
-// values.
-struct Softmax {
-  float maximum = kMinusInfinity;
-  float total = 0.0f;
+// The work on one share, tile by tile.
+template <typename Kv>
+class Attention {
+ public:
+  explicit Attention(const AttentionShare<Kv>& share)
+      : share_(share),
+        columns_(attention_columns(share.head_dim)),
+        head_rows_(share.num_tokens * share.group),
+        rows_(share.num_heads * head_rows_),
+        exponent_(share.scale * 1.44269504088896341f) {
+    float* memory = share.scratch;
+    const auto take = [&](std::int64_t size) {
+      float* taken = memory;
+      memory += size;
+      return taken;
+    };
+    keys_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
+    values_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
+    edge_ = reinterpret_cast<Element*>(take(columns_));
+    query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
+    scores_ = take(rows_ * kTile);
+    totals_ = take(rows_ * kLanes);
+  }
+
+  void run() {
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      share_.out.maximum[r] = kMinusInfinity;
+      store(totals_ + r * kLanes, Float{});
+      for (std::int64_t i = 0; i < columns_; i += kLanes) {
+        store(share_.out.sums + r * columns_ + i, Float{});
+      }
+      const std::int64_t head = r / head_rows_, token = r / share_.group % share_.num_tokens;
+      const float* query = share_.query + token * share_.query_stride;
+      P::store_query(query + (head * share_.group + r % share_.group) * share_.head_dim,
+                     share_.head_dim, query_ + r * columns_);
+    }
+    const std::int64_t end = share_.split + kAttentionSplit;
+    const std::int64_t last = share_.first_position + share_.num_tokens - 1;
+    for (std::int64_t tile = share_.split; tile < end && tile <= last; tile += kTile) {
+      attend_tile(tile);
+    }
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      share_.out.total[r] = horizontal_sum(load(totals_ + r * kLanes));
+    }
+  }
+
+ private:
+  using P = Products<Kv>;
+  using Element = typename P::Element;
+
+  // The positions of a tile that a token sees, relative to the tile's first. Empty: last < first.
+  struct Range {
+    std::int64_t first, last;
+    bool all() const { return first == 0 && last == kTile - 1; }
+    bool empty() const { return last < first; }
+  };
+
+  Range seen(std::int64_t token, std::int64_t tile) const {
+    const std::int64_t position = share_.first_position + token - tile;
+    const std::int64_t oldest = share_.window > 0 ? position - share_.window + 1 : 0;
+    return {oldest > 0 ? oldest : 0, position < kTile - 1 ? position : kTile - 1};
+  }
+
+  void attend_tile(std::int64_t tile) {
+    const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
+    const Range any = {oldest.first, newest.last};
+    if (any.empty()) return;
+    pack(tile, any);
+    const std::int64_t column = any.first / kLanes * kLanes;
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      const std::int64_t row = head * head_rows_;
+      product<P, true>(query_ + row * columns_, columns_,
+                       keys_ + (head * columns_ * kTile) + column * P::kPair, kTile * P::kPair,
+                       steps(), scores_ + row * kTile + column, kTile, head_rows_,
+                       any.last / kLanes + 1 - column / kLanes);
+      for (std::int64_t r = 0; r < head_rows_; ++r) {
+        const Range range = seen(r / share_.group, tile);
+        if (!range.empty()) weigh(row + r, range);
+      }
+      const Element* values = values_ + head * kTile * columns_;
+      if (oldest.all() && newest.all()) {
+        add_values(row, head_rows_, oldest, values);
+        continue;
+      }
+      for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
+        const Range range = seen(token, tile);
+        if (!range.empty()) {
+          add_values(row + token * share_.group, share_.group, range, values);
+        }
+      }
+    }
+  }
+
+  // Steps of k in a product with the keys.
+  std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
+
+  // Turns the keys and values of a tile into panels. It goes through them in the order in which
+  // they lie in memory, all heads of some slots together: memory gives half as much otherwise.
+  void pack(std::int64_t tile, Range range) {
+    std::int64_t offsets[kTile];  // of the first head's
+    locate(tile, range, offsets);
+    const std::int64_t head_stride = share_.block_size * share_.head_dim;
+    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
+      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+        pack_keys(share_.keys + head * head_stride, offsets, j, range,
+                  keys_ + head * kTile * columns_);
+      }
+    }
+    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
+      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+        P::pack_values(share_.values + head * head_stride, offsets,
+                       j > range.first ? j : range.first,
+                       j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last, share_.head_dim,
+                       columns_, values_ + head * kTile * columns_);
+      }
+    }
+  }
+
+  // Where the keys and values of the tile's positions lie.
+  void locate(std::int64_t tile, Range range, std::int64_t (&offsets)[kTile]) const {
+    const std::int64_t position = tile + range.first;
+    const std::int32_t* block = share_.block_table + position / share_.block_size;
+    std::int64_t slot = position % share_.block_size;
+    std::int64_t offset = *block * share_.block_stride + slot * share_.head_dim;
+    for (std::int64_t j = range.first;; ++j) {
+      offsets[j] = offset;
+      if (j == range.last) return;
+      offset += share_.head_dim;
+      if (++slot == share_.block_size) {
+        slot = 0;
+        offset = *++block * share_.block_stride;
+      }
+    }
+  }
+
+  // The panel [head_dim / kPair][kTile][kPair] of one head's keys, at the positions from j on that
+  // fill one vector.
+  void pack_keys(const Kv* keys, const std::int64_t (&offsets)[kTile], std::int64_t j, Range range,
+                 Element* panel) const {
+    const bool whole = j >= range.first && j + kLanes - 1 <= range.last;
+    for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
+      const std::int64_t left = share_.head_dim - c;
+      Float part[kLanes];
+      if (whole && left >= P::kLoad) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          part[i] = Float{};
+          if (j + i < range.first || j + i > range.last) continue;
+          const Kv* row = keys + offsets[j + i] + c;
+          part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
+        }
+      }
+      transpose(part);
+      Element* out = panel + (c / P::kPair * kTile + j) * P::kPair;
+      const std::int64_t count = steps() - c / P::kPair;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < count) __builtin_memcpy(out + i * kTile * P::kPair, &part[i], sizeof(Float));
+      }
+    }
+  }
+
+  // A row's scores become weights, under the largest score that it has seen so far.
+  TINYVLLM_INLINE void weigh(std::int64_t r, Range range) {
+    float* row = scores_ + r * kTile;
+    float* totals = totals_ + r * kLanes;
+    Float scores[kTileVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) scores[v] = load(row + v * kLanes);
+    if (!range.all()) {
+      Int lane{};
+      for (int i = 0; i < kLanes; ++i) lane[i] = i;
+      const auto first = static_cast<std::int32_t>(range.first);
+      const auto last = static_cast<std::int32_t>(range.last);
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVectors; ++v) {
+        const Int position = lane + v * kLanes;
+        scores[v] =
+            (position >= first) & (position <= last) ? scores[v] : broadcast(kMinusInfinity);
+      }
+    }
+    const float before = share_.out.maximum[r];
+    Float largest = broadcast(before);
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) largest = maximum(scores[v], largest);
+    const float now = horizontal_maximum(largest);
+    // Where all scores are -inf the weights are to be 0, and -inf minus itself is no number.
+    const float origin = now == kMinusInfinity ? 0.0f : now;
+    const Float exponent = broadcast(exponent_);
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) {
+      scores[v] = exp2((scores[v] - broadcast(origin)) * exponent);
+    }
+    if (now != before) {
+      share_.out.maximum[r] = now;
+      const Float rescale = exp2(broadcast((before - origin) * exponent_));
+      float* sums = share_.out.sums + r * columns_;
+      for (std::int64_t i = 0; i < columns_; i += kLanes) store(sums + i, load(sums + i) * rescale);
+      store(totals, load(totals) * rescale);
+    }
+    store(totals, P::store_weights(scores, row, load(totals)));
+  }
+
+  // sums[r] += weights[r] values, over the range only.
+  void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
+    // Weights lie at the start of a row of scores, in the size of their type.
+    const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
+    constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
+                                     static_cast<std::int64_t>(sizeof(Element));
+    float* sums = share_.out.sums + r * columns_;
+    const auto add = [&](std::int64_t step, std::int64_t steps, const Element* panel) {
+      product<P, false>(weights + step * P::kPair, kStride, panel, columns_ * P::kPair, steps, sums,
+                        columns_, rows, columns_ / kLanes);
+    };
+    std::int64_t step = range.first / P::kPair;
+    std::int64_t last = range.last / P::kPair;
+    if constexpr (P::kPair == 2) {
+      // A pair of which only one is in the range: the other is replaced by 0.
+      const auto add_edge = [&](std::int64_t edge) {
+        const bool left = 2 * edge >= range.first, right = 2 * edge + 1 <= range.last;
+        for (std::int64_t i = 0; i < columns_; ++i) {
+          const BFloat16* pair = values + (edge * columns_ + i) * 2;
+          edge_[2 * i] = left ? pair[0] : BFloat16{};
+          edge_[2 * i + 1] = right ? pair[1] : BFloat16{};
+        }
+        add(edge, 1, edge_);
+      };
+      const bool first_is_cut = range.first % 2 == 1;
+      const bool last_is_cut = range.last % 2 == 0 && !(first_is_cut && step == last);
+      if (first_is_cut) add_edge(step++);
+      if (last_is_cut) --last;
+      if (step <= last) add(step, last - step + 1, values + step * columns_ * 2);
+      if (last_is_cut) add_edge(last + 1);
+    } else {
+      add(step, last - step + 1, values + step * columns_);
+    }
+  }
+
+  const AttentionShare<Kv>& share_;
+  const std::int64_t columns_, head_rows_, rows_;
+  const float exponent_;                      // turns a difference of scores into a power of 2
+  Element *keys_, *values_;                   // a panel for each head
+  Element* edge_;                             // one step of a panel of values
+  Element* query_;                            // [rows, columns]
+  float* scores_;                             // [rows, kTile], then the weights
+  float* totals_;                             // [rows, kLanes]: lane by lane
 };
 
 template <typename Kv>
-TINYVLLM_INLINE std::int64_t slot_offset(const AttentionShare<Kv>& share, std::int64_t position) {
-  const std::int64_t block = share.block_table[position / share.block_size];
-  return block * share.block_stride + (position % share.block_size) * share.head_dim;
-}
-
-// Adds the positions first..last, which lie in one tile, to the state of one query head.
-template <typename Kv>
-TINYVLLM_INLINE void attend_tile(const AttentionShare<Kv>& share, const float* query,
-                                 const std::int64_t (&offsets)[kAttentionTile], std::int64_t first,
-                                 std::int64_t last, Softmax& state, float* sum) {
-  alignas(64) float weights[kAttentionTile];
-  for (std::int64_t j = 0; j < kAttentionTile; ++j) weights[j] = kMinusInfinity;
-  float maximum = state.maximum;
-  for (std::int64_t j = first; j <= last; ++j) {
-    weights[j] = dot(query, share.keys + offsets[j], share.head_dim) * share.scale;
-    maximum = weights[j] > maximum ? weights[j] : maximum;
-  }
-  Float total{};
-  for (std::int64_t j = 0; j < kAttentionTile; j += kLanes) {
-    const Float weight = exp(load(weights + j) - broadcast(maximum));
-    store(weights + j, weight);
-    total += weight;
-  }
-  // The first value also scales what was summed before; exp(-inf) = 0 starts from nothing.
-  float rescale = exp(state.maximum - maximum);
-  state.total = state.total * rescale + horizontal_sum(total);
-  state.maximum = maximum;
-  for (std::int64_t j = first; j <= last; ++j, rescale = 1.0f) {
-    scale_and_add(sum, rescale, share.values + offsets[j], weights[j], share.head_dim);
-  }
-}
-
-template <typename Kv>
 void attention(const AttentionShare<Kv>& share) {
-  const std::int64_t dim = share.head_dim;
-  float* sums = share.scratch;  // [group, head_dim]: the weighted values of the current split
-  Softmax merged[kMaxGroup], state[kMaxGroup];
-  for (std::int64_t i = 0; i < share.group * dim; ++i) share.out[i] = 0.0f;
+  Attention<Kv>(share).run();
+}
 
-  for (std::int64_t split = share.first / kAttentionSplit * kAttentionSplit; split <= share.last;
-       split += kAttentionSplit) {
-    for (std::int64_t g = 0; g < share.group; ++g) state[g] = {};
-    for (std::int64_t i = 0; i < share.group * dim; ++i) sums[i] = 0.0f;
-    for (std::int64_t tile = split; tile < split + kAttentionSplit; tile += kAttentionTile) {
-      const std::int64_t first = share.first > tile ? share.first - tile : 0;
-      const std::int64_t last =
-          share.last - tile < kAttentionTile - 1 ? share.last - tile : kAttentionTile - 1;
-      if (first >= kAttentionTile || last < 0) continue;
-      std::int64_t offsets[kAttentionTile];
-      for (std::int64_t j = first; j <= last; ++j) offsets[j] = slot_offset(share, tile + j);
-      for (std::int64_t g = 0; g < share.group; ++g) {  // the group's heads share the tile in L1
-        attend_tile(share, share.query + g * dim, offsets, first, last, state[g], sums + g * dim);
-      }
+inline void attention_merge(const AttentionState& into, const AttentionState& from,
+                            std::int64_t rows, std::int64_t head_dim, float scale) {
+  const std::int64_t columns = attention_columns(head_dim);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    // Rows that have seen nothing change nothing, not even the sign of a zero.
+    if (from.maximum[r] == kMinusInfinity && from.total[r] == 0.0f) continue;
+    const bool first = into.maximum[r] == kMinusInfinity && into.total[r] == 0.0f;
+    const float now = from.maximum[r] > into.maximum[r] ? from.maximum[r] : into.maximum[r];
+    const float origin = now == kMinusInfinity ? 0.0f : now;
+    const float exponent = scale * 1.44269504088896341f;
+    const Float old_scale = exp2(broadcast((into.maximum[r] - origin) * exponent));
+    const Float new_scale = exp2(broadcast((from.maximum[r] - origin) * exponent));
+    float* sums = into.sums + r * columns;
+    const float* more = from.sums + r * columns;
+    for (std::int64_t i = 0; i < columns; i += kLanes) {
+      const Float added = load(more + i) * new_scale;
+      store(sums + i, first ? added : load(sums + i) * old_scale + added);
     }
-    for (std::int64_t g = 0; g < share.group; ++g) {
-      Softmax& all = merged[g];
-      const float maximum = state[g].maximum > all.maximum ? state[g].maximum : all.maximum;
-      const float old_scale = exp(all.maximum - maximum);
-      const float new_scale = exp(state[g].maximum - maximum);
-      scale_and_add(share.out + g * dim, old_scale, sums + g * dim, new_scale, dim);
-      all.total = all.total * old_scale + state[g].total * new_scale;
-      all.maximum = maximum;
-    }
-  }
-  for (std::int64_t g = 0; g < share.group; ++g) {
-    for (std::int64_t i = 0; i < dim; ++i) share.out[g * dim + i] /= merged[g].total;
+    const float added = from.total[r] * new_scale[0];
+    into.total[r] = first ? added : into.total[r] * old_scale[0] + added;
+    into.maximum[r] = now;
   }
 }
 

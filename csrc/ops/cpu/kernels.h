@@ -27,20 +27,61 @@ struct MatmulShare {
   std::int64_t num_rows, num_outputs, depth;
 };
 
-// Attention of the query heads of one KV head at one token.
+// Long contexts are cut into splits at fixed absolute positions; each has an online softmax of its
+// own, and they are merged in ascending order. The cuts do not depend on who computes a split.
+inline constexpr std::int64_t kAttentionSplit = 1024;
+// Keys and values are taken in tiles of this many positions, aligned to absolute position. Divides
+// the split.
+inline constexpr std::int64_t kAttentionTile = 64;
+
+// The most query heads that may share one KV head.
+inline constexpr std::int64_t kMaxGroup = 256;
+
+// The columns that the attention kernels work on: head_dim in whole vectors of every set.
+inline constexpr std::int64_t attention_columns(std::int64_t head_dim) {
+  return (head_dim + 15) / 16 * 16;
+}
+
+// What an online softmax knows of some positions, for rows of queries. A row that has seen none of
+// them has the maximum -inf and the total 0.
+struct AttentionState {
+  float* sums;     // [rows, columns]  the weighted sum of the values
+  float* maximum;  // [rows]           the largest score, before `scale`
+  float* total;    // [rows]           the sum of the weights exp(scale (score - maximum))
+
+  static constexpr std::int64_t size(std::int64_t rows, std::int64_t head_dim) {  // in floats
+    return rows * (attention_columns(head_dim) + 2);
+  }
+  static AttentionState at(float* memory, std::int64_t rows, std::int64_t head_dim) {
+    float* maximum = memory + rows * attention_columns(head_dim);
+    return {memory, maximum, maximum + rows};
+  }
+};
+
+// Attention of successive tokens of one sequence over the positions of one split, for some KV heads
+// and the group of query heads of each. Rows are [num_heads, num_tokens, group].
 template <typename Kv>
 struct AttentionShare {
-  const float* query;         // [group, head_dim]
-  const Kv* keys;             // [num_blocks, num_kv_heads, block_size, head_dim], at this KV head
-  const Kv* values;           // likewise
+  const float* query;  // [num_tokens, num_heads, group, head_dim], tokens query_stride apart
+  std::int64_t query_stride;
+  const Kv* keys;    // [num_blocks, num_kv_heads, block_size, head_dim], at the first of the heads
+  const Kv* values;  // likewise
   std::int64_t block_stride;  // elements from one block to the next
   const std::int32_t* block_table;
-  std::int64_t block_size, head_dim, group;
-  std::int64_t first, last;  // attends to the positions first..last, both included
+  std::int64_t block_size, head_dim, num_heads, group;
+  std::int64_t num_tokens, first_position;  // token i is at first_position + i
+  std::int64_t window;                      // 0: none
+  std::int64_t split;                       // the first position of the split
   float scale;
-  float* scratch;  // [group, head_dim], the calling thread's own
-  float* out;      // [group, head_dim]
+  float* scratch;  // attention_scratch_size(...) floats aligned to 64 bytes
+  AttentionState out;
 };
+
+constexpr std::int64_t attention_scratch_size(std::int64_t num_heads, std::int64_t rows,
+                                              std::int64_t head_dim) {
+  const std::int64_t columns = attention_columns(head_dim);
+  return (2 * num_heads * kAttentionTile + 1 + rows) * columns + rows * (kAttentionTile + 16);
+}
 
 struct Kernels {
   const char* isa;
@@ -51,6 +92,11 @@ struct Kernels {
 
   void (*attention_bf16)(const AttentionShare<BFloat16>&);
   void (*attention_f32)(const AttentionShare<float>&);
+  // Adds what `from` knows of later positions to `into`.
+  void (*attention_merge)(const AttentionState& into, const AttentionState& from, std::int64_t rows,
+                          std::int64_t head_dim, float scale);
+  // out[i] = sums[i] / total
+  void (*divide)(const float* sums, float total, std::int64_t size, float* out);
 
   // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t size, float* out);
@@ -58,17 +104,13 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, std::int64_t size, float* out);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
+
+  // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
+  std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
+  // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
+  // operands [64]. Returns the number of floating-point operations and puts their sum into *result.
+  double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
-
-// Long contexts are cut at fixed absolute positions; each piece has an online softmax of its own,
-// and the pieces are merged in ascending order. The cuts do not depend on who computes a piece.
-inline constexpr std::int64_t kAttentionSplit = 1024;
-// Scores are computed in tiles of this many positions, aligned to absolute position. Divides the
-// split.
-inline constexpr std::int64_t kAttentionTile = 16;
-
-// The most query heads that may share one KV head.
-inline constexpr std::int64_t kMaxGroup = 256;
 
 // The table of the named set; throws InvalidRequestError where this build or this CPU lacks it.
 const Kernels& kernels_for(const char* isa);

@@ -64,18 +64,22 @@ TINYVLLM_INLINE Float4 horizontal_sums(Float a, Float b, Float c, Float d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
   const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const __m512 fours = _mm512_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm512_shuffle_ps(ab, cd, 0b11'10'11'10);
+  const __m512 fours =
+      _mm512_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm512_shuffle_ps(ab, cd, 0b11'10'11'10);
   const __m256 half = _mm512_castps512_ps256(fours) + _mm512_extractf32x8_ps(fours, 1);
 #elif defined(__AVX2__)
   const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
   const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
-  const __m256 half = _mm256_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm256_shuffle_ps(ab, cd, 0b11'10'11'10);
+  const __m256 half =
+      _mm256_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm256_shuffle_ps(ab, cd, 0b11'10'11'10);
 #endif
 #if defined(__AVX2__)
   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 #else
-  const Float ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Float cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Float ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Float cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 #endif
 }
@@ -112,26 +116,14 @@ TINYVLLM_INLINE void add_step(Float (&sums)[kRows][kOutputs], const X* x, std::i
   using P = Product<X, W>;
 #pragma GCC unroll 2
   for (int part = 0; part < P::kParts; ++part) {
-    if constexpr (kRows <= kOutputs) {
-      decltype(P::load_x(x, part)) rows[kRows];
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) rows[m] = P::load_x(x + m * x_stride, part);
-#pragma GCC unroll 16
-      for (int n = 0; n < kOutputs; ++n) {
-        const auto w = P::load_w(weight + n * weight_stride, part);
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) sums[m][n] = P::accumulate(sums[m][n], rows[m], w);
-      }
-    } else {
-      decltype(P::load_w(weight, part)) w[kOutputs];
-#pragma GCC unroll 16
-      for (int n = 0; n < kOutputs; ++n) w[n] = P::load_w(weight + n * weight_stride, part);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const auto row = P::load_x(x + m * x_stride, part);
-#pragma GCC unroll 16
-        for (int n = 0; n < kOutputs; ++n) sums[m][n] = P::accumulate(sums[m][n], row, w[n]);
-      }
+    decltype(P::load_x(x, part)) rows[kRows];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) rows[m] = P::load_x(x + m * x_stride, part);
+#pragma GCC unroll 8
+    for (int n = 0; n < kOutputs; ++n) {
+      const auto w = P::load_w(weight + n * weight_stride, part);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) sums[m][n] = P::accumulate(sums[m][n], rows[m], w);
     }
   }
 }
@@ -165,7 +157,7 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Pr
 #pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) bias[o] = share.bias[group.n + o * group.run];
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     float* out = share.out + (m + row) * share.out_stride + group.n;
     const auto sum = [&](int o) { return o < kOutputs ? sums[row][o] : Float{}; };

@@ -25,6 +25,10 @@ inline void rms_norm(const float* x, const float* weight, float eps, std::int64_
   }
 }
 
+inline void divide(const float* sums, float total, std::int64_t size, float* out) {
+  for (std::int64_t i = 0; i < size; ++i) out[i] = sums[i] / total;
+}
+
 // Below -88, where our e^-x ends, silu is 0 to within 1e-36; x * 0 lets infinity and NaN show.
 TINYVLLM_INLINE Float silu(Float x) { return x < -88.0f ? x * 0.0f : x / (exp(-x) + 1.0f); }
 

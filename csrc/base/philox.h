@@ -7,7 +7,7 @@
 
 namespace tinyvllm {
 
-inline std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key,
+constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key,
                                            std::array<std::uint32_t, 4> counter) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter[0];
