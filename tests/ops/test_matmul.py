@@ -127,7 +127,7 @@ LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
 
 
 def lane_sum(lanes: Array) -> Array:
-    """The lanes of the last axis: in every four, i takes i + 2 and then i + 1; the fours as a tree."""
+    """The lanes of the last axis: in each four, i takes i + 2, then i + 1; then a tree of fours."""
     fours = lanes.reshape(*lanes.shape[:-1], -1, 4)
     return tree_sum(tree_sum(fours))
 
@@ -141,8 +141,7 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
     w = random(rng, (13, depth), w_dtype)
     bias = cast(rng.standard_normal(13), "float32")
     lanes = LANES[cpu_device.isa]
-    # One step of k fills the lanes; of pairs of bfloat16 each lane takes two, the second of the pair
-    # first.
+    # One step of k fills the lanes; of pairs of bfloat16 each lane takes two, the second one first.
     pair = 2 if (x_dtype, w_dtype) == ("bfloat16", "bfloat16") else 1
     multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
 
