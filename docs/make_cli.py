@@ -71,7 +71,7 @@ def _page(command: click.Command, context: click.Context) -> Iterator[str]:
     sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None:
+        if record is not None and isinstance(parameter, click.Option):
             sections.setdefault(getattr(parameter, "section", "Help"), []).append(record)
     for title, records in sections.items():
         yield f"| {title} | |\n|---|---|"

@@ -13,7 +13,6 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections import namedtuple
@@ -24,6 +23,7 @@ import click
 import numpy as np
 import pytest
 
+import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, _core, dummy
 from tinyvllm.cli import bench_report
@@ -34,7 +34,7 @@ from tinyvllm.cli.options import LengthRange, Lengths
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.limits import MachineLimits
 
-COMMAND = [sys.executable, "-m", "tinyvllm.cli", "bench"]
+COMMAND = [*cli_process.COMMAND, "bench"]
 Result = subprocess.CompletedProcess[bytes]
 
 

@@ -6,15 +6,14 @@ import os
 import re
 import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import click
 import pytest
 
+from cli_process import COMMAND, imported_by
 from tinyvllm.cli import cli
 
-COMMAND = [sys.executable, "-m", "tinyvllm.cli"]
 NAMES = list(cli.list_commands(click.Context(cli)))
 HEAVY = {
     "asyncio",
@@ -33,19 +32,6 @@ def help_of(*names: str) -> str:
     result = subprocess.run([*COMMAND, *names, "--help"], capture_output=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout.decode()
-
-
-def imported_by(*arguments: str, **environment: str) -> set[str]:
-    """The modules that a run imports, by Python's own account."""
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tinyvllm.cli", *arguments],
-        capture_output=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0
-    lines = result.stderr.decode().splitlines()
-    return {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -69,12 +55,6 @@ def test_help_lists_every_command_in_its_group() -> None:
     assert "bench" in sections["Look and measure"]
     for name in NAMES:
         assert sum(f"  {name} " in section for section in sections.values()) == 1
-
-
-@pytest.mark.parametrize("names", ALL, ids=" ".join)
-def test_each_help_has_examples_of_its_own(names: tuple[str, ...]) -> None:
-    examples = help_of(*names).split("Examples:")[1]
-    assert f"tinyvllm {' '.join(names)}" in examples
 
 
 @pytest.mark.parametrize("names", [(), *ALL], ids=lambda names: " ".join(names) or "itself")

@@ -1,4 +1,4 @@
-"""The emulator of a GPU finds the mistakes that are easily made on one, and nothing where there is none.
+"""The emulator of a GPU finds the mistakes that are easily made on one, and nothing where none is.
 
 The programs are in csrc/cuda/emulator/traps.cu, each with its mistake and without it.
 """

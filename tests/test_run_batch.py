@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import pty
 import random
+import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -550,8 +555,8 @@ def test_a_full_disk_is_exit_1_and_keeps_whole_lines(tmp_path: Path) -> None:
         ["bash", "-c", script, "bash", *COMMAND], capture_output=True, timeout=60
     )
     assert result.returncode == 1
-    assert b"File too large" in result.stderr
-    assert str(target).encode() in result.stderr
+    assert f"{target}: File too large".encode() in result.stderr
+    assert b"--resume goes on" in result.stderr
     kept = parse(target.read_bytes())
     assert 0 < len(kept) < 50
     assert run_batch("-i", str(source), "-o", str(target), "--resume").returncode == 0
@@ -578,6 +583,42 @@ def test_a_model_file_that_changes_ends_the_run(model: str, tmp_path: Path) -> N
     assert process.returncode == 3
     assert b"model.safetensors" in stderr
     assert all(line["error"] is None for line in parse(target.read_bytes()))
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def on_a_terminal(*arguments: str, stdin: bytes | None = None) -> str:
+    """What a run shows on stderr when that is a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=theirs
+    )
+    os.close(theirs)
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(stdin or b"")
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux: the other end has been closed
+        while data := os.read(ours, 65536):
+            shown += data
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    return shown.decode()
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    lines = [{"prompt": "Once", "max_tokens": 30, "ignore_eos": True} for _ in range(24)]
+    source.write_bytes(jsonl(lines))
+    arguments = ["-o", str(target), "--max-num-seqs", "4"]
+    file = on_a_terminal("-i", str(source), *arguments)
+    assert re.search(r"\d+%\|.*\| 00:\d\d<00:\d\d, \d+ lines, \d+ prompt and \d+ output", file)
+    pipe = on_a_terminal("-i", "-", *arguments, stdin=jsonl(lines))
+    assert re.search(r"00:\d\d, \d+ lines, ", pipe)
+    assert "%" not in pipe
+    assert on_a_terminal("-i", str(source), *arguments, "-q") == ""
 
 
 # --- The window -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 namespace tinyvllm {
 
 constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key,
-                                           std::array<std::uint32_t, 4> counter) {
+                                              std::array<std::uint32_t, 4> counter) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter[0];
     const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * counter[2];

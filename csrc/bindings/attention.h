@@ -1,5 +1,5 @@
-// paged_attention on a batch that the host describes, for ops.cpp: on CUDA its arrays go to the device,
-// as a runner of the engine sends them.
+// paged_attention on a batch that the host describes, for ops.cpp: on CUDA its arrays go to the
+// device, as a runner of the engine sends them.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +36,8 @@ inline void attend(const CudaContext& ctx, Operands<CudaContext>& operands,
   const std::int64_t tile_tokens = chunk_tile_tokens(call.num_heads, num_kv_heads);
   std::vector<std::int32_t> lengths, tables, items, starts{0}, tiles;
   CudaSequences sequences;
-  sequences.max_blocks = static_cast<std::int32_t>(
-      std::max<std::int64_t>(1, *std::max_element(call.table_sizes.begin(), call.table_sizes.end())));
+  sequences.max_blocks = static_cast<std::int32_t>(std::max<std::int64_t>(
+      1, *std::max_element(call.table_sizes.begin(), call.table_sizes.end())));
   for (std::size_t i = 0; i < call.sequences.size(); ++i) {
     const BatchSequence& sequence = call.sequences[i];
     lengths.push_back(static_cast<std::int32_t>(sequence.first_position + sequence.num_tokens));

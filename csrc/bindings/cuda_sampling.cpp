@@ -1,4 +1,5 @@
-// The sampling of ops/sample.h on NumPy arrays, for tests: requests are described as for the Sampler.
+// The sampling of ops/sample.h on NumPy arrays, for tests: requests are described as for the
+// Sampler.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -111,8 +112,7 @@ py::list cuda_sample(const CudaContext& ctx, const py::array_t<float>& logits,
   Operands<CudaContext> operands(ctx);
   batch.rows = operands.read(std::span<const SampleRow>(sample_rows)).data();
   batch.num_rows = static_cast<std::int32_t>(sample_rows.size());
-  batch.edits =
-      const_cast<LogitEdit*>(operands.read(std::span<const LogitEdit>(edits)).data());
+  batch.edits = const_cast<LogitEdit*>(operands.read(std::span<const LogitEdit>(edits)).data());
   batch.num_edits = static_cast<std::int32_t>(edits.size());
   const SampleOutputs outputs{
       .tokens = static_cast<std::int32_t*>(operands.write(view_of(tokens)).data),

@@ -56,6 +56,7 @@ PYBIND11_MODULE(_core, module) {
   tinyvllm::bind_cuda(module);
   tinyvllm::bind_matmul_plans(module);
   tinyvllm::bind_cuda_sampling(module);
+  tinyvllm::bind_attention_timer(module);
   tinyvllm::bind_ops(module);
   tinyvllm::bind_engine(module);
 }

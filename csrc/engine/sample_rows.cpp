@@ -6,8 +6,7 @@
 #include "engine/sampler.h"
 
 namespace tinyvllm {
-SampleRow sample_row(const Sequence& sequence, std::int32_t sample_index,
-                     std::int32_t logits_row) {
+SampleRow sample_row(const Sequence& sequence, std::int32_t sample_index, std::int32_t logits_row) {
   const SamplingParams& params = sequence.request->params;
   SampleRow row;
   row.logits_row = logits_row;

@@ -2,8 +2,8 @@
 //
 // A draw is the argmax of  logit / temperature + noise  with Gumbel noise (the Gumbel-max trick: it
 // follows the softmax exactly). The noise of a token comes from Philox, keyed by the request's seed
-// and counted by (token id, position, sample index), so that neither the order of the tokens, nor the
-// batch, nor the device can change it.
+// and counted by (token id, position, sample index), so that neither the order of the tokens, nor
+// the batch, nor the device can change it.
 #pragma once
 
 #include <array>

@@ -6,8 +6,8 @@
 // 0: all p <= position(t)); group = num_heads / num_kv_heads (grouped-query attention, Ainslie et
 // al. 2023).
 //
-//   q    [num_tokens, num_heads * head_dim]  float32 (on CUDA what enters a product); rows may be part
-//        of wider rows (qkv)
+//   q    [num_tokens, num_heads * head_dim]  float32 (on CUDA what enters a product); rows may be
+//        part of wider rows (qkv)
 //   kv   one layer of the pool; the K and V of every token of the batch are already in it
 //   out  [num_tokens, num_heads * head_dim]  float32 or bfloat16, what the next matmul reads
 //
@@ -43,12 +43,12 @@ void paged_attention(const CpuContext& ctx, TensorView q, const KvLayer& kv,
                      std::span<const BatchSequence> sequences, std::int64_t num_heads,
                      std::int64_t window, float scale, MutTensorView out);
 
-// --- On the GPU -----------------------------------------------------------------------------------
+// --- On the GPU ----------------------------------------------------------------------------------
 //
-// The same formula. q, kv and out have one dtype. bfloat16 with a head_dim of 64, 80, 96 or 128 runs
-// on the tensor cores, where q and the weights of the softmax are rounded to bfloat16; everything
-// else takes a plain path in float32. A row of a chunk has the same bits in any batch and chunking; a
-// decode's also depend on the length of the splits.
+// The same formula. q, kv and out have one dtype. bfloat16 with a head_dim of 64, 80, 96 or 128
+// runs on the tensor cores, where q and the weights of the softmax are rounded to bfloat16;
+// everything else takes a plain path in float32. A row of a chunk has the same bits in any batch
+// and chunking; a decode's also depend on the length of the splits.
 
 // A batch as the kernels see it. All arrays are device memory, so that a captured graph reads them
 // anew at each replay.
@@ -70,6 +70,7 @@ struct CudaSequences {
   const std::int32_t* decode_items = nullptr;      // [*num_decode_items, 2]
   const std::int32_t* num_decode_items = nullptr;  // a scalar
   std::int32_t max_decode_items = 0;               // how many the workspace has room for
+  std::int32_t split = 0;                          // 0: decode_split()
 
   // The chunks: chunk i has the rows num_decodes + chunk_starts[i] to num_decodes +
   // chunk_starts[i + 1] of q, cut into tiles of chunk_tile_tokens() tokens. Never in a graph.
@@ -78,8 +79,8 @@ struct CudaSequences {
   std::int32_t num_chunk_tiles = 0;
 };
 
-// How many positions a split of a decode has: short where few sequences have to fill the GPU. By the
-// padded number of sequences, so that a graph and the same batch without one agree.
+// How many positions a split of a decode has: short where few sequences have to fill the GPU. By
+// the padded number of sequences, so that a graph and the same batch without one agree.
 constexpr std::int64_t decode_split(std::int64_t num_decodes, std::int64_t num_kv_heads) {
   const std::int64_t shares = num_decodes * num_kv_heads;
   return shares < 256 ? 256 : shares < 1024 ? 512 : 1024;

@@ -34,7 +34,9 @@ void attend_on_tensor_cores(const CudaContext& ctx,
                   .shared_bytes = cuda::decode_shared_bytes(group, kDim),
                   .overlaps_previous = true},
                  cuda::decode_attention_kernel<kDim>, arguments,
-                 static_cast<int>(decode_split(sequences.num_decodes, arguments.num_kv_heads)),
+                 sequences.split > 0 ? sequences.split
+                                     : static_cast<int>(decode_split(sequences.num_decodes,
+                                                                     arguments.num_kv_heads)),
                  reinterpret_cast<float*>(ctx.workspace(paged_attention_workspace_bytes(
                      sequences.max_decode_items, arguments.num_heads, kDim))),
                  ctx.counters());
@@ -63,13 +65,13 @@ void attend_plainly(const CudaContext& ctx, const cuda::AttentionArguments<T>& a
                 "; on CUDA it is at most " + std::to_string(cuda::kPlainMaxDim) +
                 ". Try the device cpu.");
   }
-  cuda::launch(ctx, "plain_attention",
-               {.grid = dim3(static_cast<unsigned>(rows),
-                             static_cast<unsigned>(arguments.num_heads)),
-                .block = cuda::kPlainThreads,
-                .shared_bytes = cuda::plain_shared_bytes(arguments.head_dim),
-                .overlaps_previous = true},
-               cuda::plain_attention_kernel<T>, arguments, tile_tokens);
+  cuda::launch(
+      ctx, "plain_attention",
+      {.grid = dim3(static_cast<unsigned>(rows), static_cast<unsigned>(arguments.num_heads)),
+       .block = cuda::kPlainThreads,
+       .shared_bytes = cuda::plain_shared_bytes(arguments.head_dim),
+       .overlaps_previous = true},
+      cuda::plain_attention_kernel<T>, arguments, tile_tokens);
 }
 
 template <typename T>
@@ -108,8 +110,7 @@ void paged_attention(const CudaContext& ctx, TensorView q, const KvLayer& kv,
                      const CudaSequences& sequences, std::int64_t num_heads, std::int64_t window,
                      float scale, MutTensorView out) {
   if (kv.shape.dtype == DType::kFloat32) {
-    attend_plainly(ctx,
-                   arguments_of<float>(q, kv, sequences, num_heads, window, scale, out));
+    attend_plainly(ctx, arguments_of<float>(q, kv, sequences, num_heads, window, scale, out));
     return;
   }
   const auto arguments = arguments_of<BFloat16>(q, kv, sequences, num_heads, window, scale, out);

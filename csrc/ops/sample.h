@@ -3,8 +3,8 @@
 //
 //   logits [num_logits, vocab]  float32
 //
-// All pointers are device memory. Nothing waits for the host: the next step reads the tokens where they
-// are (feed_tokens), and the host fetches them when it pleases.
+// All pointers are device memory. Nothing waits for the host: the next step reads the tokens where
+// they are (feed_tokens), and the host fetches them when it pleases.
 #pragma once
 
 #include <cstddef>
@@ -19,15 +19,16 @@ class CudaContext;
 // One token to choose. Several may draw from the same row of logits: the samples of a request with
 // n > 1.
 struct SampleRow {
-  std::int32_t logits_row = -1;  // -1: a padded row, for which nothing is read or written
-  std::int32_t top_k = 0;        // 0: all
+  std::int32_t logits_row = -1;   // -1: a padded row, for which nothing is read or written
+  std::int32_t top_k = 0;         // 0: all
   float inverse_temperature = 0;  // 0: greedy, and the other options have no meaning
   float log_min_p = 0;            // the float nearest to log(min_p); -infinity: all
   double top_p = 1;               // 1: all
   std::uint64_t seed = 0;
   std::uint32_t sample_index = 0;
-  std::uint32_t position = 0;      // of the token that is chosen
-  std::int32_t num_logprobs = -1;  // the best so many besides the chosen one; -1: no logprobs at all
+  std::uint32_t position = 0;  // of the token that is chosen
+  std::int32_t num_logprobs =
+      -1;  // the best so many besides the chosen one; -1: no logprobs at all
 
   constexpr bool has_filter() const {
     return inverse_temperature != 0 && (top_k > 0 || top_p < 1 || log_min_p > -1e38f);
@@ -82,8 +83,8 @@ struct SampleOutputs {
 // Of CudaContext::workspace().
 std::size_t sample_workspace_bytes(std::int64_t num_rows);
 
-// Chooses a token for each row. The logits are edited in place and put back. Throws Error where there
-// are more rows than counters for them.
+// Chooses a token for each row. The logits are edited in place and put back. Throws Error where
+// there are more rows than counters for them.
 void sample(const CudaContext& ctx, MutTensorView logits, const SampleBatch& batch,
             const SampleOutputs& outputs);
 

@@ -56,8 +56,8 @@ void sample(const CudaContext& ctx, MutTensorView logits, const SampleBatch& bat
                 .block = cuda::kDrawThreads,
                 .shared_bytes = cuda::kDrawWarps * sizeof(cuda::Candidate),
                 .overlaps_previous = true},
-               cuda::draw_kernel, data, logits.row_stride, vocab, part_size, batch.rows, cuts, parts,
-               ctx.counters(), outputs.tokens, outputs.errors);
+               cuda::draw_kernel, data, logits.row_stride, vocab, part_size, batch.rows, cuts,
+               parts, ctx.counters(), outputs.tokens, outputs.errors);
   if (batch.num_edits > 0) {
     cuda::launch(ctx, "restore_logits",
                  {.grid = blocks_for(batch.num_edits), .block = 256, .overlaps_previous = true},

@@ -155,7 +155,7 @@ def measure_read_bandwidth(ctx: CpuContext, seconds: float = 0.5) -> float: ...
 def measure_arithmetic(ctx: CpuContext, seconds: float = 0.2) -> float: ...
 def cuda_build() -> str: ...
 
-# Only in a module that was built with CUDA, real or emulated: up to MatmulTimer.
+# Only in a module that was built with CUDA, real or emulated: up to run_trap.
 
 class CudaContext:
     def __init__(self, device: int = 0, batch_invariant: bool = False) -> None: ...
@@ -203,6 +203,29 @@ class MatmulTimer:
     def read_milliseconds(self, passes: int, repetitions: int) -> list[float]: ...
     @property
     def weight_bytes(self) -> int: ...
+
+# Row of the logits, parameters, prompt, output so far, seed, number of the sample; None: padding.
+SampledRow = tuple[int, SamplingParams, Sequence[int], Sequence[int], int, int] | None
+
+def cuda_sample(
+    ctx: CudaContext,
+    logits: Floats,
+    rows: Sequence[SampledRow],
+    eos_token_ids: Sequence[int],
+) -> list[tuple[int, int, Logprobs | None]]: ...
+def cuda_logprobs(
+    ctx: CudaContext, logits: Floats, tokens: npt.ArrayLike, k: int
+) -> list[Logprobs]: ...
+def cuda_feed_tokens(
+    ctx: CudaContext, sampled: npt.ArrayLike, sources: npt.ArrayLike, tokens: npt.ArrayLike
+) -> npt.NDArray[np.int32]: ...
+def upload_and_read_back(
+    ctx: CudaContext, arrays: Sequence[npt.NDArray[np.uint8]], num_threads: int
+) -> list[npt.NDArray[np.uint8]]: ...
+
+# Only emulated.
+def trap_names() -> list[str]: ...
+def run_trap(ctx: CudaContext, name: str, with_mistake: bool) -> bool: ...
 
 class _Ops:
     """tinyvllm._core.ops: a module there, to be used through its attributes."""
@@ -264,7 +287,7 @@ class _Ops:
         out_dtype: str = "float32",
     ) -> Tensor: ...
     @staticmethod
-    def silu_mul(ctx: Context, gate_up: Floats, dtype: str = "float32") -> Tensor: ...
+    def silu_mul(ctx: Context, gate_up: Tensor, dtype: str = "float32") -> Tensor: ...
     @staticmethod
     def rope_angles(
         ctx: Context, positions: npt.ArrayLike, inverse_frequencies: Floats, scale: float = 1.0
@@ -272,7 +295,7 @@ class _Ops:
     @staticmethod
     def qk_norm_rope_and_cache(
         ctx: Context,
-        qkv: Floats,
+        qkv: Tensor,
         num_heads: int,
         q_norm: Floats | None,
         k_norm: Floats | None,
@@ -281,7 +304,9 @@ class _Ops:
         slots: npt.ArrayLike,
         keys: Tensor,
         values: Tensor,
-    ) -> Floats: ...
+    ) -> Tensor: ...
+    @staticmethod
+    def copy_blocks(ctx: Context, pool: Tensor, copies: Sequence[tuple[int, int]]) -> Tensor: ...
     @staticmethod
     def paged_attention(
         ctx: Context,
@@ -293,6 +318,7 @@ class _Ops:
         window: int = 0,
         scale: float = 1.0,
         dtype: str = "float32",
+        as_chunks: bool = False,
     ) -> Tensor: ...
 
 ops: _Ops

@@ -23,7 +23,7 @@ BLOCK_SIZE = 16  # tokens, LLM's default
 
 _SIZES = {"float32": 4, "bfloat16": 2}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PROMPT_LOGPROB_ROWS = 64  # csrc/engine/engine.cpp
+_PROMPT_LOGPROB_ROWS = 64  # csrc/engine/runner.h
 
 
 class TensorHeader(NamedTuple):

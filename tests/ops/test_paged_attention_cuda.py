@@ -1,4 +1,4 @@
-"""paged_attention on CUDA against float64: decodes in splits, chunks in tiles, shapes of all kinds."""
+"""paged_attention on CUDA against float64: decodes in splits, chunks in tiles, many shapes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_paged_attention import Context, Pool
 
 from numeric import Array, cast, in_wider_rows, poison, relative_error, same_bits
-from test_paged_attention import Context, Pool
 from tinyvllm import _core
 
 ops = _core.ops
@@ -44,7 +44,7 @@ def attend(
     as_chunks: bool = False,
     queries: Array | None = None,
 ) -> Array:
-    """The result, with `padding` padded rows behind the decodes. Sequences of one token come first."""
+    """The result, with `padding` padded rows behind the decodes, which come first."""
     decodes = sum(len(context.q) == 1 for context in pool.contexts)
     sequences = [
         (context.first_position, len(context.q), table.tolist())

@@ -97,7 +97,10 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id(
     logits = random_logits(rng, 12, vocab)
     for row in logits[:6]:
         row[rng.integers(0, vocab, 3)] = 9.0
-    tokens = [token for token, _, _ in draw(device, logits, [Row(i, {"temperature": 0}) for i in range(12)])]
+    tokens = [
+        token
+        for token, _, _ in draw(device, logits, [Row(i, {"temperature": 0}) for i in range(12)])
+    ]
     assert tokens == np.argmax(logits, axis=1).tolist()
 
 
@@ -182,7 +185,7 @@ def test_filters_cut_where_the_cpu_cuts(
 def test_the_last_token_within_a_filter_can_be_drawn_and_the_next_cannot(
     device: Any, options: dict[str, Any], kept: int
 ) -> None:
-    logits = np.zeros((1, 1100), np.float32)  # equal, and more than LIST: their order is that of ids
+    logits = np.zeros((1, 1100), np.float32)  # equal: their order is that of ids
     seeds: dict[int, int] = {}  # one that gives the token where nothing is filtered
     while not {kept - 1, kept} <= seeds.keys():
         seed = len(seeds) if not seeds else max(seeds.values()) + 1
@@ -191,13 +194,16 @@ def test_the_last_token_within_a_filter_can_be_drawn_and_the_next_cannot(
         seeds[token] = seed
     rows = [Row(0, options, seed=seeds[token]) for token in (kept - 1, kept)]
     tokens = [token for token, _, _ in draw(device, logits, list(rows))]
-    assert tokens[0] == kept - 1 and tokens[1] < kept
+    assert tokens[0] == kept - 1
+    assert tokens[1] < kept
 
 
 # --- Edits ----------------------------------------------------------------------------------------
 
 
-def test_bias_masks_and_penalties_are_those_of_the_cpu(device: Any, rng: np.random.Generator) -> None:
+def test_bias_masks_and_penalties_are_those_of_the_cpu(
+    device: Any, rng: np.random.Generator
+) -> None:
     vocab = 300
     logits = random_logits(rng, 40, vocab)
     rows = []
@@ -218,13 +224,17 @@ def test_bias_masks_and_penalties_are_those_of_the_cpu(device: Any, rng: np.rand
     assert_same_tokens(device, logits, rows)
 
 
-def test_the_samples_of_a_request_share_a_row_of_logits(device: Any, rng: np.random.Generator) -> None:
+def test_the_samples_of_a_request_share_a_row_of_logits(
+    device: Any, rng: np.random.Generator
+) -> None:
     logits = random_logits(rng, 2, 500)
     options = {"temperature": 2.0, "top_k": 50, "logit_bias": [(7, 3.0)], "n": 8}
     assert_same_tokens(device, logits, [Row(1, options, sample=sample) for sample in range(8)])
 
 
-def test_a_token_that_min_tokens_masks_is_not_drawn_even_where_no_other_is_likely(device: Any) -> None:
+def test_a_masked_token_is_not_drawn_even_where_no_other_is_likely(
+    device: Any,
+) -> None:
     logits = np.full((1, 100), -80, np.float32)
     logits[0, EOS] = 80
     rows: list[Row | None] = [
@@ -249,7 +259,8 @@ def test_a_logit_that_is_not_finite_is_an_error_of_its_row_alone(
     rows = [Row(0, options), Row(1, options), Row(2, masked), Row(3, options)]
     got = draw(device, logits, list(rows))
     assert [error for _, error, _ in got] == [0, NOT_FINITE, NOT_FINITE, 0]
-    assert got[0][0] == rows[0].on_cpu(logits)[0] and got[3][0] == rows[3].on_cpu(logits)[0]
+    for i in (0, 3):
+        assert got[i][0] == rows[i].on_cpu(logits)[0]
     with pytest.raises(TinyvllmError, match="not a finite number"):
         rows[1].on_cpu(logits)
 
@@ -335,4 +346,10 @@ def test_logprobs_of_a_prompt_are_those_of_the_cpu(device: Any, rng: np.random.G
 
 def test_sampled_tokens_go_where_the_next_step_wants_them(device: Any) -> None:
     sources = [-1, 2, 0, -1, 2]
-    assert _core.cuda_feed_tokens(device, [50, 60, 70], sources, [1, 2, 3, 4, 5]) == [1, 70, 50, 4, 70]
+    assert _core.cuda_feed_tokens(device, [50, 60, 70], sources, [1, 2, 3, 4, 5]) == [
+        1,
+        70,
+        50,
+        4,
+        70,
+    ]

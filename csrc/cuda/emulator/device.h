@@ -74,9 +74,9 @@ inline void load_matrices(std::uint32_t (&registers)[4], const void* shared_row,
               return lanes[8 * matrix + row]->row[col];
             };
             const int i = lane / 4, j = 2 * (lane % 4);
-            lanes[lane]->registers[matrix] =
-                lanes[lane]->transposed ? element(j, i) | element(j + 1, i) << 16
-                                        : element(i, j) | element(i, j + 1) << 16;
+            lanes[lane]->registers[matrix] = lanes[lane]->transposed
+                                                 ? element(j, i) | element(j + 1, i) << 16
+                                                 : element(i, j) | element(i, j + 1) << 16;
           }
         }
       },

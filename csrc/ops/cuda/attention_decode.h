@@ -3,8 +3,8 @@
 //
 // Decoding is bound by reading K and V, so they go from memory straight into the registers of the
 // product, 16 bytes a load, without shared memory between. A warp takes tiles of 16 positions; the
-// query heads of one KV head are the 16 rows of m16n8k16. A group of 4 leaves 12 rows idle, and still
-// the tensor cores wait for memory.
+// query heads of one KV head are the 16 rows of m16n8k16. A group of 4 leaves 12 rows idle, and
+// still the tensor cores wait for memory.
 //
 //   scores [16 heads, 16 positions] = q [16, head_dim] K^T      a row of K is a column of operand b
 //   sums   [16 heads, head_dim]    += weights [16, 16] V        a row of V is a row of operand b
@@ -22,8 +22,8 @@ inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 inline constexpr int kDecodeTile = 16;   // positions that a warp takes at once
 inline constexpr int kDecodeHeads = 16;  // query heads of one KV head that a block takes
 
-// A partial result over some positions, for `heads` query heads: sums [heads, head_dim] of exp2(score
-// - maximum) V, then the maxima [heads], then the totals [heads] of the weights.
+// A partial result over some positions, for `heads` query heads: sums [heads, head_dim] of
+// exp2(score - maximum) V, then the maxima [heads], then the totals [heads] of the weights.
 constexpr std::size_t partial_floats(int heads, int head_dim) {
   return static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim + 2);
 }
@@ -66,8 +66,8 @@ __device__ inline void load_along_row(const BFloat16* row, bool valid, int t,
   }
 }
 
-// The part of a row [kDim] of V that a lane holds: of each 64 dimensions 8g to 8g + 7, and its eighth
-// of what is left. Its two elements in word w belong to column g of the products 2w and 2w + 1.
+// The part of a row [kDim] of V that a lane holds: of each 64 dimensions 8g to 8g + 7, and its
+// eighth of what is left. Its two elements in word w belong to column g of products 2w and 2w + 1.
 template <int kDim>
 __device__ inline void load_across_row(const BFloat16* row, bool valid, int g,
                                        std::uint32_t (&words)[kDim / 16]) {
@@ -92,10 +92,10 @@ __device__ inline int dimension_of(int i, int g) {
   return kDim / 64 * 64 + kDim % 64 / 8 * g + (i - kWhole);
 }
 
-// One block: the query heads of one KV head (up to 16 of them) over one split of one sequence. Warp w
-// takes the tiles w, w + 8, ... of the context, counted from its start, and the warps are merged in
-// order; the last block of a sequence to finish merges the splits in order. So who computes when, and
-// where a window begins, changes no bit of a tile's result.
+// One block: the query heads of one KV head (up to 16 of them) over one split of one sequence.
+// Warp w takes the tiles w, w + 8, ... of the context, counted from its start, and the warps are
+// merged in order; the last block of a sequence to finish merges the splits in order. So who
+// computes when, and where a window begins, changes no bit of a tile's result.
 //
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
@@ -225,10 +225,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
         }
         totals[row] = totals[row] * rescale[row] + total;
       }
-      const std::uint32_t weights[4] = {pack_bfloat16(scores[0][0], scores[0][1]),
-                                        pack_bfloat16(scores[0][2], scores[0][3]),
-                                        pack_bfloat16(scores[1][0], scores[1][1]),
-                                        pack_bfloat16(scores[1][2], scores[1][3])};
+      const std::uint32_t weights[4] = {
+          pack_bfloat16(scores[0][0], scores[0][1]), pack_bfloat16(scores[0][2], scores[0][3]),
+          pack_bfloat16(scores[1][0], scores[1][1]), pack_bfloat16(scores[1][2], scores[1][3])};
 #pragma unroll
       for (int w = 0; w < kDim / 16; ++w) {
         const auto low = [](std::uint32_t x, std::uint32_t y) { return (x & 0xffffu) | (y << 16); };

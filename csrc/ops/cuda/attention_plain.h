@@ -1,5 +1,5 @@
-// Attention for every shape and dtype, in float32: a block for each query head of each token. Nothing
-// is shared between them; what it reads twice comes from the cache.
+// Attention for every shape and dtype, in float32: a block for each query head of each token.
+// Nothing is shared between them; what it reads twice comes from the cache.
 #pragma once
 
 #include <cmath>
@@ -20,9 +20,9 @@ inline std::size_t plain_shared_bytes(int head_dim) {
 __device__ inline void store(float value, float* out) { *out = value; }
 __device__ inline void store(float value, BFloat16* out) { *out = round_to_bfloat16(value); }
 
-// Warp w takes the tiles of 32 positions w, w + 8, ... of the context, counted from its start: a lane
-// has the score of one position, then some dimensions of the weighted sum. blockIdx.x: the decodes,
-// then tile_tokens for every tile of a chunk.
+// Warp w takes the tiles of 32 positions w, w + 8, ... of the context, counted from its start: a
+// lane has the score of one position, then some dimensions of the weighted sum. blockIdx.x: the
+// decodes, then tile_tokens for every tile of a chunk.
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads)
     plain_attention_kernel(const AttentionArguments<T> a, int tile_tokens) {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kPlainThreads)
 
   auto* query = reinterpret_cast<float*>(shared_memory());
   const T* q = a.q + row * a.q_stride + head * dim;
-  for (int i = static_cast<int>(threadIdx.x); i < dim; i += kPlainThreads) query[i] = to_float(q[i]);
+  for (int i = static_cast<int>(threadIdx.x); i < dim; i += kPlainThreads)
+    query[i] = to_float(q[i]);
   __syncthreads();
 
   const std::int32_t* table = a.block_table(sequence);
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kPlainThreads)
     if (mine >= first && mine <= position) {
       const T* key = a.keys + a.offset(table, kv_head, mine);
       float dots[4] = {};
-      for (int i = 0; i < dim; ++i) dots[i % 4] = __fmaf_rn(query[i], to_float(key[i]), dots[i % 4]);
+      for (int i = 0; i < dim; ++i)
+        dots[i % 4] = __fmaf_rn(query[i], to_float(key[i]), dots[i % 4]);
       score = (dots[0] + dots[1] + (dots[2] + dots[3])) * a.scale;
     }
     float highest = fmaxf(maximum, score);

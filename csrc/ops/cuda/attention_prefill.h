@@ -1,11 +1,11 @@
-// Attention of prefill chunks on the tensor cores, after FlashAttention-2 (Dao 2023), over the paged
-// cache.
+// Attention of prefill chunks on the tensor cores, after FlashAttention-2 (Dao 2023), over the
+// paged cache.
 //
 // A block takes the query heads of one KV head at the tokens of one tile: row r of its 128 is head
 // r % group at token r / group, so that a group shares K and V and a short chunk still fills rows.
-// K and V pass through shared memory in tiles of 64 positions, at multiples of 64; while one tile is
-// used the next is on its way. A row's sums and maxima move on only at tiles that it sees, so its
-// bits do not depend on which rows share its block.
+// K and V pass through shared memory in tiles of 64 positions, at multiples of 64; while one tile
+// is used the next is on its way. A row's sums and maxima move on only at tiles that it sees, so
+// its bits do not depend on which rows share its block.
 #pragma once
 
 #include "ops/cuda/attention.h"
@@ -29,7 +29,8 @@ struct PrefillShape {
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDim>::kBands == 2 ? 2 : 1)
+__global__ void __launch_bounds__(PrefillShape<kDim>::kThreads,
+                                  PrefillShape<kDim>::kBands == 2 ? 2 : 1)
     prefill_attention_kernel(const AttentionArguments<BFloat16> a) {
   using Shape = PrefillShape<kDim>;
   constexpr int kBands = Shape::kBands, kStride = Shape::kStride;
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
-        // A row that has seen nothing yet subtracts 0: all its weights are 2^-inf. A tile that a row
-        // does not see must leave its sums as they are: rescale is then exactly 1.
+        // A row that has seen nothing yet subtracts 0: all its weights are 2^-inf. A tile that a
+        // row does not see must leave its sums as they are: rescale is then exactly 1.
         const float base = maximum == kMinusInfinity ? 0.0f : maximum;
         const float rescale = fast_exp2((maxima[band][half] - base) * scale);
         maxima[band][half] = maximum;
@@ -234,8 +235,8 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
                                                    head_of[band][half] * kDim);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        out[4 * n + t] = pack_bfloat16(sums[band][n][2 * half] * inverse,
-                                       sums[band][n][2 * half + 1] * inverse);
+        out[4 * n + t] =
+            pack_bfloat16(sums[band][n][2 * half] * inverse, sums[band][n][2 * half + 1] * inverse);
       }
     }
   }

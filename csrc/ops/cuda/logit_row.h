@@ -1,5 +1,5 @@
-// One row of logits, read by one block: in the order of its values, and as sums that do not depend on
-// the order in which threads run.
+// One row of logits, read by one block: in the order of its values, and as sums that do not depend
+// on the order in which threads run.
 #pragma once
 
 #include <bit>
@@ -169,8 +169,8 @@ __device__ inline std::int32_t nth_with_key(const LogitRow& row, std::uint32_t k
 // share of all weights together.
 //
 // The order is found by narrowing an interval of keys: 16 bins a pass over the row, the first ones
-// half an octave wide, until few tokens are left to sort, or only equal ones. `maximum`, the largest
-// value, is finite.
+// half an octave wide, until few tokens are left to sort, or only equal ones. `maximum`, the
+// largest value, is finite.
 template <bool kExponential>
 __device__ inline Cut select(const LogitRow& row, float maximum, Cut kept, double target,
                              SelectMemory& memory) {
@@ -212,7 +212,8 @@ __device__ inline Cut select(const LogitRow& row, float maximum, Cut kept, doubl
     }
     int bin = 0;
     while (bin < kBins - 1 && above + memory.bins[bin] < target) above += memory.bins[bin++];
-    while (bin > 0 && memory.bins[bin] == 0) above -= memory.bins[--bin];  // rounding: none is enough
+    while (bin > 0 && memory.bins[bin] == 0)
+      above -= memory.bins[--bin];  // rounding: none is enough
     const double inside = memory.bins[bin];
     __syncthreads();
     if (bin < kBins - 1) {

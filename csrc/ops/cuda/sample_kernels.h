@@ -19,9 +19,10 @@ __device__ inline LogitRow logits_of(const float* logits, std::int64_t stride, i
           row.inverse_temperature == 0 ? 1.0f : row.inverse_temperature};
 }
 
-// --- Edits ----------------------------------------------------------------------------------------
+// --- Edits ---------------------------------------------------------------------------------------
 
-__global__ void edit_logits_kernel(float* logits, std::int64_t stride, LogitEdit* edits, int count) {
+__global__ void edit_logits_kernel(float* logits, std::int64_t stride, LogitEdit* edits,
+                                   int count) {
   wait_for_previous();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= count) return;
@@ -44,7 +45,7 @@ __global__ void restore_logits_kernel(float* logits, std::int64_t stride, const 
   logits[edits[i].logits_row * stride + edits[i].token] = edits[i].original;
 }
 
-// --- min_p, top_k, top_p --------------------------------------------------------------------------
+// --- min_p, top_k, top_p -------------------------------------------------------------------------
 
 // A block for each row that has a filter: where it cuts.
 __global__ void __launch_bounds__(kRowThreads)
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x == 0) cuts[blockIdx.x] = cut;
 }
 
-// --- The token ------------------------------------------------------------------------------------
+// --- The token -----------------------------------------------------------------------------------
 
 struct Candidate {
   double score;
@@ -95,10 +96,11 @@ __device__ inline Candidate best_of_warp(Candidate best) {
   return best;
 }
 
-// Block (part, row): the best token of one part of a row of logits. The last part of a row to finish
-// takes the best of all parts.
+// Block (part, row): the best token of one part of a row of logits. The last part of a row to
+// finish takes the best of all parts.
 //
-//   parts  [num_rows, gridDim.x] in the workspace;  counters [num_rows] zero, and zero again afterwards
+//   parts     [num_rows, gridDim.x]  in the workspace
+//   counters  [num_rows]             zero, and zero again afterwards
 __global__ void __launch_bounds__(kDrawThreads)
     draw_kernel(const float* logits, std::int64_t stride, int vocab, int part_size,
                 const SampleRow* rows, const Cut* cuts, Candidate* parts, std::uint32_t* counters,
@@ -115,8 +117,8 @@ __global__ void __launch_bounds__(kDrawThreads)
   const int begin = static_cast<int>(blockIdx.x) * part_size, end = min(vocab, begin + part_size);
 
   Candidate best{kMinusInfinity, INT32_MAX, 0};
-  // A random draw takes two logarithms a token, in float64. Nearly all tokens are ruled out by cheap
-  // bounds: those whose score cannot reach `floor`, which some token's score does.
+  // A random draw takes two logarithms a token, in float64. Nearly all tokens are ruled out by
+  // cheap bounds: those whose score cannot reach `floor`, which some token's score does.
   float floor = kMinusInfinity;
   // All lanes of a warp go round together.
   for (int first = begin; first < end; first += 4 * kDrawThreads) {
@@ -188,15 +190,15 @@ __global__ void __launch_bounds__(kDrawThreads)
     if (lane == 0) counters[index] = 0;
   }
   if (lane == 0) {
-    const SampleError error = best.not_finite != 0         ? SampleError::kNotFinite
+    const SampleError error = best.not_finite != 0      ? SampleError::kNotFinite
                               : best.token == INT32_MAX ? SampleError::kNoToken
-                                                           : SampleError::kNone;
+                                                        : SampleError::kNone;
     errors[index] = error;
     tokens[index] = error == SampleError::kNone ? best.token : 0;
   }
 }
 
-// --- Logprobs -------------------------------------------------------------------------------------
+// --- Logprobs ------------------------------------------------------------------------------------
 
 // A block for each row that asks. Without `rows`: row i of logits, with num_logprobs.
 __global__ void __launch_bounds__(kRowThreads)

@@ -15,11 +15,12 @@ and the response of an OpenAI line has the status code that a server would give.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tinyvllm import openai_api
@@ -98,7 +99,9 @@ class Line:
             return params
         key = f"{settings.seed}/{self.number}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        return replace(params, seed=seed)
+        seeded = copy.copy(params)
+        seeded.seed = seed
+        return seeded
 
 
 class ApiLine(Line):

@@ -38,9 +38,9 @@ class Tally:
 
     def add(self, answer: Mapping[str, Any]) -> None:
         self.answered += 1
-        if answer.get("error") is not None:
+        if isinstance(error := answer.get("error"), Mapping):
             self.failed += 1
-            self.first_error = self.first_error or str(answer["error"].get("message"))
+            self.first_error = self.first_error or str(error.get("message"))
 
     def see(self, line: Line) -> None:
         """Compares the line's custom_id with those of the lines before it."""

@@ -204,7 +204,14 @@ class Report:
         elif self._form == "md" and self._rows:
             latency = self._facts["benchmark"] == "latency"
             table = _latency_table(self._rows) if latency else _throughput_table(self._rows)
-            self._write(f"{_heading(self._facts)}\n\n{_markdown(table)}")
+            lines = _heading(self._facts)
+            if latency:
+                warmup = self._rows[0]["warmup"]
+                lines.append(
+                    f"Before the repeats of each point: {warmup} warm-up run{'s' * (warmup != 1)}. "
+                    "End tokens are ignored."
+                )
+            self._write("\n".join([*lines, "", _markdown(table)]))
 
     def _write(self, text: str) -> None:
         self._output.write(text + "\n")
@@ -221,7 +228,7 @@ def _csv(rows: list[Row]) -> str:
     return file.getvalue().removesuffix("\n")
 
 
-def _heading(facts: Row) -> str:
+def _heading(facts: Row) -> list[str]:
     lines = [
         f"{facts['model']}, {facts['num_parameters'] / 1e6:.0f} M parameters"
         f"{', random weights' * (facts['load_format'] == 'dummy')}; {facts['dtype']} on "
@@ -234,7 +241,7 @@ def _heading(facts: Row) -> str:
             f"This machine reads {facts['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s and "
             f"multiplies {facts['bf16_flops_per_second'] / 1e9:,.0f} GFLOP/s in bfloat16."
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _latency_table(rows: list[Row]) -> list[list[str]]:

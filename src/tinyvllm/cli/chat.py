@@ -94,9 +94,9 @@ def command(**options: Any) -> None:
             info = llm.stats()
             note(
                 f"{options['model'] or 'bundled'}: {info['dtype']}, {info['device']} "
-                f"{info['isa']}, {info['num_threads']} threads. "
-                "/help lists the commands, Ctrl-D leaves."
+                f"{info['isa']}, {info['num_threads']} threads"
             )
+            note("/help lists the commands, Ctrl-D leaves")
         with catch_interrupts() as interrupts:
             _Chat(llm, sampling, conversation, output, interrupts).run()
 

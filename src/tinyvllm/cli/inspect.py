@@ -105,10 +105,11 @@ Examples:
 def command(model: str | None, **options: Any) -> int:
     """What a model is, and whether it will fit: config, tensors, tokenizer, sampling, memory.
 
-    MODEL is a checkpoint directory, a hub model, or one of the shapes that need no files:
-    llama-3.2-1b, llama-3.1-8b, smollm2-135m, qwen3-0.6b. Without it, the bundled story model. Only
-    headers are read. The plan counts all that is resident when the KV cache is full, and the exit
-    code is 4 where that is more than there is. Sizes may be written 24G (2^30) or 24g (10^9).
+    MODEL is a checkpoint directory, a hub model (downloaded if it is not there), or one of the
+    shapes that need no files: llama-3.2-1b, llama-3.1-8b, smollm2-135m, qwen3-0.6b. Without it, the
+    bundled story model. Only headers are read. The memory plan is the CPU engine's: all that is
+    resident when the KV cache is full. The exit code is 4 where that is more than there is. Sizes
+    may be written 24G (2^30) or 24g (10^9).
     """
     output = Output()
     report = _inspect(model, options)

@@ -94,7 +94,12 @@ class LineWriter:
             except BrokenPipeError:
                 raise Stopped(141) from None
             except OSError as error:
-                if self.is_file and num_written:
+                if not self.is_file:
+                    raise OSError(f"{self._name}: {error.strerror}") from None
+                if num_written:
                     end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
                     os.ftruncate(self._descriptor, end - num_written)
-                raise OSError(f"{self._name}: {error.strerror}") from None
+                raise OSError(
+                    f"{self._name}: {error.strerror}. The lines that it has are whole; make room, "
+                    "and --resume goes on after them"
+                ) from None

@@ -27,7 +27,7 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):  # not an argument
                 title = getattr(parameter, "section", "Help")
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():

@@ -122,6 +122,15 @@ A line, and the keys of its answer:
     show_default=True,
     help="Sequences that run together.",
 )
+@option(
+    "--max-num-batched-tokens",
+    section="Engine",
+    type=Count(),
+    metavar="N",
+    default=2048,
+    show_default=True,
+    help="Tokens of a step; a signal waits for the end of one.",
+)
 @engine_options
 def command(**options: Any) -> int:
     """Answer a file of requests, one a line.
@@ -133,7 +142,8 @@ def command(**options: Any) -> int:
     is answered with an error that names it, the run goes on, and ends with exit code 1.
 
     What a run has written when it is stopped or killed are whole lines, and --resume goes on after
-    them. The same file, model and options give the same answers, also where lines have no seed.
+    them. On the CPU the same file, model and options give the same answers, whether a run was
+    stopped and resumed or not, and also where lines have no seed.
     """
     names_file = options["output_file"] != "-"
     if options["resume"] and not names_file:
@@ -160,6 +170,7 @@ def command(**options: Any) -> int:
         options,
         quiet=quiet,
         max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=max(options["max_num_batched_tokens"], options["max_num_seqs"]),
         generation_config=options["generation_config"],
         seed=options["seed"],
     ) as llm:
