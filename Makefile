@@ -10,10 +10,10 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # Folders too, whose times say that a file has come or gone.
 CORE_FILES := $(shell find csrc third_party)
-CXX_FILES = find csrc -name '*.h' -o -name '*.cpp'
+CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build demo test lint lint-format lint-python lint-warnings format asan clean
+.PHONY: help .venv build cuda demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
 	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -34,11 +34,11 @@ $(STAMPS)/venv: requirements-build.txt
 # Editable: a change to Python code counts at once, one to C++ code with the next make.
 # Isolation would hand CMake another toolchain path each time and so compile everything anew; what is
 # used instead are the tools in .venv. `pip install .` and `make asan` build in isolation.
-$(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt $(CORE_FILES)
+$(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt cmake/cuda.cmake $(CORE_FILES)
 	@echo "Building tinyvllm into .venv; from nothing this takes one to two minutes."
 	$(BIN)/python $(PIP_INSTALL) --no-build-isolation -e '.[test]'
 	@$(BIN)/python -c 'from tinyvllm import _core; print("Built tinyvllm", _core.__version__ + \
-	  ": the CPU engine, with kernels for", ", ".join(_core.supported_isas()))'
+	  ": the CPU engine, with kernels for", ", ".join(_core.supported_isas()) + "; CUDA:", _core.cuda_build())'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/venv requirements-dev.txt
@@ -51,11 +51,23 @@ $(STAMPS)/oracle: $(STAMPS)/venv requirements-oracle.txt
 
 build: $(STAMPS)/build  ## build and install into .venv, editable
 
+# What CMake is told stays told: later builds in .venv have CUDA, too.
+$(STAMPS)/cuda: $(STAMPS)/venv requirements-cuda.txt
+	$(BIN)/python $(PIP_INSTALL) -r requirements-cuda.txt
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_CUDA=ON -e '.[test,cuda]'
+	@touch $@
+
+cuda: $(STAMPS)/cuda  ## the same with the CUDA backend; NVIDIA's compiler comes from pip
+	@$(MAKE) --no-print-directory build
+
 # --- Use -----------------------------------------------------------------------------------------
 
 demo: build  ## two stories by the bundled model
 	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time"
 	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
+
+docs: build  ## docs/cli.md, from the commands' own help
+	$(BIN)/python docs/make_cli.py
 
 # --- Tests and checks ----------------------------------------------------------------------------
 # ARGS goes to pytest: make test ARGS="-k rope".
@@ -80,7 +92,7 @@ lint-python: build $(STAMPS)/dev
 
 lint-warnings: $(STAMPS)/venv
 	$(BIN)/cmake -S . -B build/lint -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
-	  -DTINYVLLM_WERROR=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DTINYVLLM_WERROR=ON -DTINYVLLM_CUDA=EMULATE -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/lint
@@ -90,23 +102,40 @@ format: $(STAMPS)/dev  ## clang-format and ruff, written in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The CUDA code compiled for the CPU, in an environment of its own beside .venv: the ops and the
+# engine on "cuda" (csrc/cuda/emulator), nothing that `make test` runs on the CPU. With
+# $(EMULATE)/venv/bin/tinyvllm the whole engine can be tried; it is slow.
+EMULATE := build/emulate
+EMULATE_TESTS = tests/ops tests/test_build.py tests/test_emulator.py $(wildcard tests/test_*cuda*.py)
+
+$(EMULATE)/venv/made: requirements-build.txt
+	$(PYTHON) -m venv $(EMULATE)/venv
+	$(EMULATE)/venv/bin/python $(PIP_INSTALL) -r requirements-build.txt
+	@touch $@
+
+emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
+	$(EMULATE)/venv/bin/python $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(EMULATE)/cmake \
+	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
+	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
+
 # Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
 # built with the sanitizers, so their library has to be loaded first, and that of C++ for its
 # exceptions. ASan's reports go to files, because a test may expect that a process fails: any report
 # fails the run. UBSan's go to stderr, which pytest therefore leaves alone. Leaks are not looked for:
 # Python itself keeps what it allocates at the end. SIGBUS is left to the core's own handler and what
 # its tests put before it. A process that forks while it has threads may hang in ASan's allocator,
-# which is no fault of ours: those tests are left out.
+# which is no fault of ours: those tests are left out. The CUDA code is there, too, emulated.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
 ASAN_TESTS = tests/ops $(addprefix tests/test_, block_pool.py checkpoint.py engine.py golden.py \
-  model_config.py prefix_cache.py safetensors.py sampler.py scheduler.py thread_pool.py)
+  cuda.py emulator.py model_config.py prefix_cache.py safetensors.py sampler.py scheduler.py thread_pool.py)
 
 asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan (GCC)
 	$(PYTHON) -m venv $(ASAN)/venv
 	$(ASAN)/venv/bin/python $(PIP_INSTALL) --config-settings=build-dir=$(ASAN)/cmake \
-	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON '.[test]'
+	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON \
+	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
 	rm -f $(ASAN)/report.*
 	LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc \
 	  ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:detect_stack_use_after_return=1:$(ASAN_REPORTS) \

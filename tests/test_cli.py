@@ -7,17 +7,16 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli_process import COMMAND, imported_by
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
 
-COMMAND = [sys.executable, "-m", "tinyvllm.cli"]
 Result = subprocess.CompletedProcess[bytes]
 
 
@@ -318,24 +317,6 @@ def test_an_interrupted_json_run_still_says_what_there_is(model: str) -> None:
 
 
 # --- Cost -------------------------------------------------------------------------------------
-
-
-def imported_by(*arguments: str) -> set[str]:
-    """The modules that a run imports, by Python's own account."""
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tinyvllm.cli", *arguments],
-        capture_output=True,
-        timeout=60,
-    )
-    assert result.returncode == 0
-    lines = result.stderr.decode().splitlines()
-    return {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
-
-
-def test_help_imports_no_engine() -> None:
-    heavy = {"tinyvllm._core", "tinyvllm.llm", "numpy", "tokenizers", "jinja2", "huggingface_hub"}
-    assert not heavy & imported_by("--help")
-    assert not heavy & imported_by("generate", "--help")
 
 
 def test_generate_imports_only_what_it_uses(model: str) -> None:

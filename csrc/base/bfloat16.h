@@ -2,6 +2,7 @@
 //
 // bfloat16 is the upper half of a float32: widening is exact, narrowing rounds to nearest, ties to
 // even (the rounding of every CPU and GPU instruction for it). Arithmetic is always float32.
+// The functions are constexpr so that CUDA kernels may call them, too.
 #pragma once
 
 #include <bit>
@@ -17,13 +18,13 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
+constexpr float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) {
+constexpr float to_float(BFloat16 value) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
 }
 
-inline float to_float(Float16 value) {
+constexpr float to_float(Float16 value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity and NaN keep their fraction
@@ -36,7 +37,7 @@ inline float to_float(Float16 value) {
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(subnormal));
 }
 
-inline BFloat16 to_bfloat16(float value) {
+constexpr BFloat16 to_bfloat16(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {  // NaN stays NaN, also where only low bits are set
     return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};

@@ -7,13 +7,16 @@
 #include <pybind11/stl/filesystem.h>
 
 #include <algorithm>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "base/errors.h"
 #include "base/host.h"
+#include "base/philox.h"
 #include "bindings/bindings.h"
-#include "engine/philox.h"
+#include "engine/make_runner.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -28,6 +31,13 @@ std::optional<DType> parse_dtype(const std::string& name) {
   if (name == "bfloat16") return DType::kBFloat16;
   if (name == "float32") return DType::kFloat32;
   throw InvalidRequestError("dtype is \"" + name + "\"; it must be auto, bfloat16 or float32.");
+}
+
+Device parse_device(const std::string& name) {
+  if (name == "auto") return Device::kAuto;
+  if (name == "cpu") return Device::kCpu;
+  if (name == "cuda") return Device::kCuda;
+  throw InvalidRequestError("device is \"" + name + "\"; it must be auto, cpu or cuda.");
 }
 
 FinishReason parse_finish(const std::string& name) {
@@ -152,19 +162,18 @@ py::dict snapshot_of(const Engine& engine) {
 }
 
 py::dict info_of(const Engine& engine) {
-  const Weights& weights = engine.model().weights();
-  const KvShape one_block = engine.model().kv_shape(1, engine.block_size());
+  const RunnerInfo runner = engine.runner().info();
+  const ModelConfig& model = engine.checkpoint().config();
+  const KvShape& kv = engine.kv_shape();
   return py::dict(
-      "device"_a = "cpu", "isa"_a = engine.context().kernels().isa,
-      "num_threads"_a = engine.context().num_threads(),
-      "dtype"_a = std::string(name_of(weights.compute)),
+      "device"_a = runner.device, "isa"_a = runner.isa, "num_threads"_a = runner.num_threads,
+      "dtype"_a = std::string(name_of(runner.compute)),
       "checkpoint_dtype"_a = std::string(name_of(engine.checkpoint().dtype())),
-      "copied_weight_bytes"_a = weights.copied_bytes,
-      "vocab_size"_a = engine.model().config().vocab_size,
-      "model_max_position_embeddings"_a = engine.model().config().max_position_embeddings,
+      "copied_weight_bytes"_a = runner.copied_weight_bytes, "vocab_size"_a = model.vocab_size,
+      "model_max_position_embeddings"_a = model.max_position_embeddings,
       "max_model_len"_a = engine.max_model_len(),
-      "kv_cache_tokens"_a = engine.num_blocks() * engine.block_size(),
-      "kv_cache_bytes_per_token"_a = one_block.bytes_per_block() / engine.block_size(),
+      "kv_cache_tokens"_a = kv.num_blocks * kv.block_size,
+      "kv_cache_bytes_per_token"_a = kv.bytes_per_block() / kv.block_size,
       "warnings"_a = engine.warnings());
 }
 
@@ -204,8 +213,10 @@ void bind_engine_class(py::module_& module) {
                        std::uint64_t seed, bool prefix_caching, bool static_batching,
                        std::uint64_t prefix_hash_mask, std::int64_t fail_at_step,
                        std::vector<std::int32_t> eos_token_ids,
-                       std::optional<std::filesystem::path> trace) {
-             const EngineConfig config{.dtype = parse_dtype(dtype),
+                       std::optional<std::filesystem::path> trace, const std::string& device,
+                       double gpu_memory_utilization, bool enforce_eager, bool batch_invariant) {
+             const EngineConfig config{.device = parse_device(device),
+                                       .dtype = parse_dtype(dtype),
                                        .max_model_len = max_model_len,
                                        .max_num_seqs = max_num_seqs,
                                        .max_num_batched_tokens = max_num_batched_tokens,
@@ -213,6 +224,10 @@ void bind_engine_class(py::module_& module) {
                                        .num_blocks = num_blocks,
                                        .kv_cache_memory_bytes = kv_cache_memory_bytes,
                                        .num_threads = num_threads,
+                                       .gpu_memory_utilization = gpu_memory_utilization,
+                                       .enforce_eager = enforce_eager,
+                                       .batch_invariant = batch_invariant,
+                                       .cuda_library_directories = cuda_library_directories(),
                                        .seed = seed,
                                        .prefix_caching = prefix_caching,
                                        .static_batching = static_batching,
@@ -228,7 +243,9 @@ void bind_engine_class(py::module_& module) {
            "num_blocks"_a = py::none(), "kv_cache_memory_bytes"_a = py::none(), "num_threads"_a = 0,
            "seed"_a = 0, "prefix_caching"_a = true, "static_batching"_a = false,
            "prefix_hash_mask"_a = ~std::uint64_t{0}, "fail_at_step"_a = 0,
-           "eos_token_ids"_a = std::vector<std::int32_t>(), "trace"_a = py::none())
+           "eos_token_ids"_a = std::vector<std::int32_t>(), "trace"_a = py::none(),
+           "device"_a = "auto", "gpu_memory_utilization"_a = 0.9, "enforce_eager"_a = false,
+           "batch_invariant"_a = false)
       .def(
           "add_request",
           [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
@@ -276,19 +293,29 @@ void bind_engine_class(py::module_& module) {
 class Model {
  public:
   Model(const std::filesystem::path& directory, const std::string& dtype, int num_threads,
-        std::int64_t block_size)
-      : checkpoint_(Checkpoint::open(directory)),
-        ctx_(num_threads),
-        dtype_(parse_dtype(dtype).value_or(
-            checkpoint_.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16)),
-        block_size_(block_size) {}
+        std::int64_t block_size, const std::string& device, bool enforce_eager,
+        bool batch_invariant)
+      : checkpoint_(Checkpoint::open(directory)) {
+    config_.device = parse_device(device);
+    config_.dtype = parse_dtype(dtype);
+    config_.max_num_seqs = 1;
+    config_.block_size = block_size;
+    config_.num_threads = num_threads;
+    config_.enforce_eager = enforce_eager;
+    config_.batch_invariant = batch_invariant;
+    config_.cuda_library_directories = cuda_library_directories();
+  }
 
-  py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) {
+  py::array_t<float> logits(const Ints& token_ids, std::int64_t chunk_size) const {
     const std::int64_t total = token_ids.size(), vocab = checkpoint_.config().vocab_size;
     if (total == 0 || chunk_size < 0)
       throw InvalidRequestError("Give tokens and a chunk size >= 0.");
-    const std::span<const std::int32_t> tokens(token_ids.data(), static_cast<std::size_t>(total));
-    for (const std::int32_t token : tokens) {
+    Request request;
+    request.num_prompt_tokens = static_cast<std::size_t>(total);
+    Sequence sequence;
+    sequence.request = &request;
+    sequence.tokens.assign(token_ids.data(), token_ids.data() + total);
+    for (const std::int32_t token : sequence.tokens) {
       if (token < 0 || token >= vocab)
         throw InvalidRequestError("A token id is not in the vocabulary.");
     }
@@ -296,33 +323,31 @@ class Model {
     float* target = out.mutable_data();
     const py::gil_scoped_release release;
     const std::int64_t chunk = chunk_size == 0 ? total : std::min(chunk_size, total);
-    Transformer model(ctx_, checkpoint_, dtype_, chunk, chunk);
-    const std::int64_t num_blocks = (total + block_size_ - 1) / block_size_;
-    const KvCache kv(model.kv_shape(num_blocks, block_size_));
-    std::vector<std::int32_t> table;  // backwards, so that a mixed-up block table shows
+    EngineConfig config = config_;
+    config.max_num_batched_tokens = chunk;
+    config.max_model_len = total;
+    const std::unique_ptr<Runner> runner = make_runner(checkpoint_, config);
+    const std::int64_t num_blocks = (total + config.block_size - 1) / config.block_size;
+    runner->make_kv_cache({.num_layers = checkpoint_.config().num_layers,
+                           .num_blocks = num_blocks,
+                           .block_size = config.block_size,
+                           .num_kv_heads = checkpoint_.config().num_kv_heads,
+                           .head_dim = checkpoint_.config().head_dim,
+                           .dtype = runner->info().compute});
+    // Backwards, so that a mixed-up block table shows.
     for (std::int64_t block = num_blocks; block-- > 0;) {
-      table.push_back(static_cast<std::int32_t>(block));
+      sequence.block_table.push_back(static_cast<BlockId>(block));
     }
     for (std::int64_t first = 0; first < total; first += chunk) {
       const std::int64_t count = std::min(chunk, total - first);
-      std::vector<std::int32_t> positions, rows;
-      std::vector<std::int64_t> slots;
-      for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t position = first + i;
-        positions.push_back(static_cast<std::int32_t>(position));
-        rows.push_back(static_cast<std::int32_t>(i));
-        const std::int64_t block = table[static_cast<std::size_t>(position / block_size_)];
-        slots.push_back(block * block_size_ + position % block_size_);
-      }
-      const BatchSequence sequence{0, count, first, table.data()};
-      model.forward({.tokens = tokens.subspan(static_cast<std::size_t>(first),
-                                              static_cast<std::size_t>(count)),
-                     .positions = positions,
-                     .slots = slots,
-                     .sequences = {&sequence, 1}},
-                    kv);
-      const MutTensorView result = model.logits(rows);
-      std::copy_n(result.row<float>(0), count * vocab, target + first * vocab);
+      sequence.num_computed_tokens = static_cast<std::size_t>(first);
+      const std::vector<ScheduledSequence> sequences = {{&sequence, count}};
+      const std::vector<BlockCopy> no_copies;
+      runner->launch({.sequences = sequences, .copies = no_copies, .draws = {}, .prompt_rows = {}});
+      runner->collect();
+      std::vector<std::int32_t> rows(static_cast<std::size_t>(count));
+      std::iota(rows.begin(), rows.end(), 0);
+      runner->copy_logits(rows, target + first * vocab);
     }
     checkpoint_.check_files();
     return out;
@@ -330,9 +355,7 @@ class Model {
 
  private:
   const Checkpoint checkpoint_;
-  const CpuContext ctx_;
-  const DType dtype_;
-  const std::int64_t block_size_;
+  EngineConfig config_;
 };
 
 // A pool and its cache in one, because neither can be used without the other.
@@ -345,8 +368,10 @@ struct CachedPool {
 
 void bind_parts(py::module_& module) {
   py::class_<Model>(module, "Model", "The forward pass alone, for tests and for study.")
-      .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t>(),
-           "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16)
+      .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t,
+                    const std::string&, bool, bool>(),
+           "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16,
+           "device"_a = "auto", "enforce_eager"_a = false, "batch_invariant"_a = false)
       .def("logits", &Model::logits, "token_ids"_a, "chunk_size"_a = 0,
            "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in "
            "chunks.");
@@ -418,7 +443,7 @@ void bind_parts(py::module_& module) {
       "eos_token_ids"_a = std::vector<std::int32_t>(), "sample_index"_a = 0,
       "The token that a request with this history takes from these logits, and its logprobs.");
   module.def("gumbel_noise", &gumbel_noise, "seed"_a, "sample_index"_a, "position"_a, "token"_a);
-  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/engine/philox.h.");
+  module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/base/philox.h.");
 }
 
 }  // namespace

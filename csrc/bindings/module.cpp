@@ -53,6 +53,10 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = TINYVLLM_VERSION;
   py::register_local_exception_translator(&tinyvllm::translate);
   tinyvllm::bind_checkpoint(module);
+  tinyvllm::bind_cuda(module);
+  tinyvllm::bind_matmul_plans(module);
+  tinyvllm::bind_cuda_sampling(module);
+  tinyvllm::bind_attention_timer(module);
   tinyvllm::bind_ops(module);
   tinyvllm::bind_engine(module);
 }

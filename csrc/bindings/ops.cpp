@@ -1,7 +1,8 @@
 // tinyvllm._core.ops: every op on NumPy arrays, for tests and for the curious.
 //
 // float32 arrays are float32 tensors; uint16 arrays are the bits of bfloat16. Results are new
-// arrays, filled with NaN before the op runs, so that an element it forgets is seen.
+// arrays, filled with NaN before the op runs, so that an element it forgets is seen. On CUDA the
+// arrays are copied to the device and back (operands.h).
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -12,14 +13,23 @@
 #include <vector>
 
 #include "base/errors.h"
+#include "bindings/attention.h"
 #include "bindings/bindings.h"
+#include "bindings/operands.h"
 #include "model/rope_frequencies.h"
 #include "ops/gather_rows.h"
+#include "ops/machine_limits.h"
 #include "ops/matmul.h"
+#include "ops/norm_matmul.h"
 #include "ops/paged_attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/rope_and_attend.h"
 #include "ops/silu_mul.h"
+
+#if defined(TINYVLLM_HAS_CUDA)
+#include "ops/cuda/matmul_plan.h"
+#endif
 
 namespace py = pybind11;
 
@@ -53,7 +63,7 @@ MutTensorView view(const py::array& array) {
   return {const_cast<void*>(array.data()), dtype, rows, cols, stride};
 }
 
-// The same of an array that an op reads as float32 only.
+// The same of an array that is float32, on the CPU or everywhere.
 MutTensorView float_view(const py::array& array) {
   if (dtype_of(array) != DType::kFloat32) refuse("an array that must be float32 is uint16");
   return view(array);
@@ -70,13 +80,18 @@ py::array make(DType dtype, std::int64_t rows, std::int64_t cols) {
   return out;
 }
 
-const float* optional_data(const std::optional<Floats>& array) {
-  return array ? array->data() : nullptr;
+MutTensorView product_view(const AnyContext& any, const py::array& array) {
+  return on_cpu(any) ? float_view(array) : view(array);
 }
 
-template <typename T>
-std::span<const T> span_of(const py::array_t<T, py::array::c_style | py::array::forcecast>& array) {
+template <typename T, int kFlags>
+std::span<const T> span_of(const py::array_t<T, kFlags>& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+// Empty for None: an op gets a null pointer.
+std::span<const float> span_of(const std::optional<Floats>& array) {
+  return array ? span_of(*array) : std::span<const float>();
 }
 
 DType named(const std::string& dtype) {
@@ -85,42 +100,34 @@ DType named(const std::string& dtype) {
   refuse("dtype \"" + dtype + "\" is not float32 or bfloat16");
 }
 
-py::array bind_gather_rows(const CpuContext& ctx, const Ints& rows, const py::array& table) {
+py::array bind_gather_rows(const AnyContext& any, const Ints& rows, const py::array& table) {
   const MutTensorView source = view(table);
   for (const std::int32_t row : span_of(rows)) {
     if (row < 0 || row >= source.rows) refuse("a row number is outside the table");
   }
   py::array out = make(DType::kFloat32, rows.size(), source.cols);
-  gather_rows(ctx, span_of(rows), source, view(out));
+  run(any, [&](const auto& ctx, auto& operands) {
+    gather_rows(ctx, operands.read(span_of(rows)), operands.read(source),
+                operands.write(view(out)));
+  });
   return out;
 }
 
-py::array bind_rms_norm(const CpuContext& ctx, const py::array& x, const Floats& weight, float eps,
+py::array bind_rms_norm(const AnyContext& any, const py::array& x, const Floats& weight, float eps,
                         const std::string& dtype) {
   const MutTensorView source = float_view(x);
   if (weight.size() != source.cols) refuse("weight is not as long as a row of x");
   py::array out = make(named(dtype), source.rows, source.cols);
-  rms_norm(ctx, source, weight.data(), eps, view(out));
+  run(any, [&](const auto& ctx, auto& operands) {
+    rms_norm(ctx, operands.read(source), operands.read(span_of(weight)).data(), eps,
+             operands.write(view(out)));
+  });
   return out;
 }
 
-// Returns (new residual, normalized).
-py::tuple bind_add_rms_norm(const CpuContext& ctx, const Floats& residual, const py::array& x,
-                            const Floats& weight, float eps, const std::string& dtype) {
-  const Floats sum(py::array(residual).attr("copy")());
-  const MutTensorView target = view(sum);
-  const MutTensorView source = float_view(x);
-  if (weight.size() != target.cols || source.rows != target.rows || source.cols != target.cols) {
-    refuse("shapes do not fit");
-  }
-  py::array out = make(named(dtype), target.rows, target.cols);
-  add_rms_norm(ctx, target, source, weight.data(), eps, view(out));
-  return py::make_tuple(sum, out);
-}
-
-py::array bind_matmul(const CpuContext& ctx, const py::array& x,
-                      const std::vector<py::array>& blocks,
-                      const std::vector<std::optional<Floats>>& biases) {
+// One to three row blocks [rows, depth], each with its bias or none.
+Weight weight_of(const std::vector<py::array>& blocks,
+                 const std::vector<std::optional<Floats>>& biases) {
   Weight weight;
   if (blocks.empty() || blocks.size() > weight.blocks.size())
     refuse("give one to three row blocks");
@@ -132,28 +139,134 @@ py::array bind_matmul(const CpuContext& ctx, const py::array& x,
         block.dtype != weight.dtype) {
       refuse("the row blocks differ in depth or dtype, or are not contiguous");
     }
-    const float* bias = i < biases.size() ? optional_data(biases[i]) : nullptr;
+    const float* bias = i < biases.size() ? span_of(biases[i]).data() : nullptr;
     if (bias != nullptr && biases[i]->size() != block.rows) refuse("a bias has another length");
     weight.blocks[i] = {block.data, block.rows, bias};
   }
-  py::array out = make(DType::kFloat32, view(x).rows, weight.outputs());
-  matmul(ctx, view(x), weight, view(out));
+  return weight;
+}
+
+py::array bind_matmul(const AnyContext& any, const py::array& x,
+                      const std::vector<py::array>& blocks,
+                      const std::vector<std::optional<Floats>>& biases,
+                      const std::string& out_dtype) {
+  const Weight weight = weight_of(blocks, biases);
+  py::array out = make(named(out_dtype), view(x).rows, weight.outputs());
+  run(any, [&](const auto& ctx, auto& operands) {
+    matmul(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(out)));
+  });
   return out;
 }
 
-py::array bind_silu_mul(const CpuContext& ctx, const py::array& gate_up, const std::string& dtype) {
-  const MutTensorView source = float_view(gate_up);
+// Returns the new residual.
+py::array bind_matmul_add(const AnyContext& any, const py::array& x,
+                          const std::vector<py::array>& blocks, const Floats& residual,
+                          const std::vector<std::optional<Floats>>& biases) {
+  const Weight weight = weight_of(blocks, biases);
+  py::array sum = py::array(residual).attr("copy")();
+  run(any, [&](const auto& ctx, auto& operands) {
+    matmul_add(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(sum)));
+  });
+  return sum;
+}
+
+// `dtype`: of the rows that enter the product.
+py::array bind_norm_matmul(const AnyContext& any, const py::array& x, const Floats& norm, float eps,
+                           const std::vector<py::array>& blocks, const std::string& dtype,
+                           const std::vector<std::optional<Floats>>& biases,
+                           const std::string& out_dtype) {
+  const MutTensorView source = float_view(x);
+  const Weight weight = weight_of(blocks, biases);
+  if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
+  const py::array normalized = make(named(dtype), source.rows, source.cols);
+  py::array out = make(named(out_dtype), source.rows, weight.outputs());
+  run(any, [&](const auto& ctx, auto& operands) {
+    norm_matmul(ctx, operands.read(source), operands.read(span_of(norm)).data(), eps,
+                operands.read(weight), operands.write(view(normalized)), operands.write(view(out)));
+  });
+  return out;
+}
+
+py::array bind_norm_swiglu(const AnyContext& any, const py::array& x, const Floats& norm, float eps,
+                           const std::vector<py::array>& blocks, const std::string& dtype,
+                           const std::vector<std::optional<Floats>>& biases) {
+  const MutTensorView source = float_view(x);
+  const Weight weight = weight_of(blocks, biases);
+  if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
+  if (weight.outputs() % 2 != 0) refuse("the weight has an odd number of rows");
+  const py::array normalized = make(named(dtype), source.rows, source.cols);
+  const DType product = on_cpu(any) ? DType::kFloat32 : named(dtype);
+  const py::array gate_up = make(product, source.rows, weight.outputs());
+  py::array out = make(named(dtype), source.rows, weight.outputs() / 2);
+  run(any, [&](const auto& ctx, auto& operands) {
+    norm_swiglu(ctx, operands.read(source), operands.read(span_of(norm)).data(), eps,
+                operands.read(weight), operands.write(view(normalized)),
+                operands.write(view(gate_up)), operands.write(view(out)));
+  });
+  return out;
+}
+
+#if defined(TINYVLLM_HAS_CUDA)
+
+// One of the four above, by a plan of the caller's choice: "store" and "add" take x as it is,
+// "norm" and "swiglu" the float32 residual stream. Returns what was written.
+py::array bind_matmul_by_plan(const CudaContext& ctx, const cuda::MatmulPlan& plan,
+                              const std::string& use, const py::array& x,
+                              const std::vector<py::array>& blocks,
+                              const std::vector<std::optional<Floats>>& biases,
+                              const std::optional<Floats>& norm, float eps,
+                              const std::optional<Floats>& residual, const std::string& out_dtype) {
+  const Weight weight = weight_of(blocks, biases);
+  const bool normalises = use == "norm" || use == "swiglu";
+  const bool swiglu = use == "swiglu", adds = use == "add";
+  if (!normalises && !adds && use != "store") refuse("unknown use \"" + use + "\"");
+  if (normalises != norm.has_value() || adds != residual.has_value()) {
+    refuse("a norm goes with norm and swiglu, a residual with add");
+  }
+  const MutTensorView source = view(x);
+  const py::array normalized = make(weight.dtype, source.rows, source.cols);
+  const py::array gate_up = make(weight.dtype, source.rows, weight.outputs());
+  py::array out = adds ? py::array(residual->attr("copy")())
+                       : make(named(out_dtype), source.rows, weight.outputs() / (swiglu ? 2 : 1));
+
+  Operands<CudaContext> operands(ctx);
+  const Weight stacked = operands.read(weight);
+  cuda::MatmulCall call;
+  call.use = swiglu       ? cuda::MatmulUse::kNormSwiGlu
+             : normalises ? cuda::MatmulUse::kNorm
+             : adds       ? cuda::MatmulUse::kAdd
+                          : cuda::MatmulUse::kStore;
+  call.x = operands.read(source);
+  call.weight = &stacked;
+  call.out = operands.write(view(out));
+  call.norm = operands.read(span_of(norm)).data();
+  call.eps = eps;
+  call.normalized = operands.write(view(normalized));
+  call.gate_up = operands.write(view(gate_up));
+  cuda::run(ctx, call, plan);
+  operands.finish();
+  return out;
+}
+
+#endif
+
+py::array bind_silu_mul(const AnyContext& any, const py::array& gate_up, const std::string& dtype) {
+  const MutTensorView source = product_view(any, gate_up);
   if (source.cols % 2 != 0) refuse("gate_up has an odd number of columns");
   py::array out = make(named(dtype), source.rows, source.cols / 2);
-  silu_mul(ctx, source, view(out));
+  run(any, [&](const auto& ctx, auto& operands) {
+    silu_mul(ctx, operands.read(source), operands.write(view(out)));
+  });
   return out;
 }
 
-py::array bind_rope_angles(const CpuContext& ctx, const Ints& positions, const Floats& frequencies,
+py::array bind_rope_angles(const AnyContext& any, const Ints& positions, const Floats& frequencies,
                            float scale) {
   py::array out = make(DType::kFloat32, positions.size(), 2 * frequencies.size());
-  rope_angles(ctx, span_of(positions),
-              {frequencies.data(), static_cast<std::size_t>(frequencies.size())}, scale, view(out));
+  run(any, [&](const auto& ctx, auto& operands) {
+    rope_angles(ctx, operands.read(span_of(positions)), operands.read(span_of(frequencies)), scale,
+                operands.write(view(out)));
+  });
   return out;
 }
 
@@ -177,12 +290,13 @@ KvLayer kv_layer(py::array& keys, py::array& values) {
 }
 
 // Returns the new qkv; writes into keys and values.
-py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv,
+py::array bind_qk_norm_rope_and_cache(const AnyContext& any, const py::array& qkv,
                                       std::int64_t num_heads, const std::optional<Floats>& q_norm,
                                       const std::optional<Floats>& k_norm, float eps,
                                       const Floats& cos_sin, const Longs& slots, py::array keys,
                                       py::array values) {
-  py::array result = py::array(qkv).attr("copy")();
+  py::array result = qkv.attr("copy")();
+  product_view(any, result);
   const KvLayer cache = kv_layer(keys, values);
   const std::int64_t width = (num_heads + 2 * cache.shape.num_kv_heads) * cache.shape.head_dim;
   const MutTensorView angles = view(cos_sin);
@@ -194,41 +308,134 @@ py::array bind_qk_norm_rope_and_cache(const CpuContext& ctx, const Floats& qkv,
     if (norm && norm->size() != cache.shape.head_dim) refuse("a norm is not as long as a head");
   }
   for (const std::int64_t slot : span_of(slots)) {
-    if (slot < 0 || slot >= cache.shape.num_blocks * cache.shape.block_size)
+    const std::int64_t lowest = on_cpu(any) ? 0 : -1;
+    if (slot < lowest || slot >= cache.shape.num_blocks * cache.shape.block_size)
       refuse("a slot is outside");
   }
-  qk_norm_rope_and_cache(ctx, view(result), num_heads, optional_data(q_norm), optional_data(k_norm),
-                         eps, angles, span_of(slots), cache);
+  run(any, [&](const auto& ctx, auto& operands) {
+    qk_norm_rope_and_cache(ctx, operands.write(view(result)), num_heads,
+                           operands.read(span_of(q_norm)).data(),
+                           operands.read(span_of(k_norm)).data(), eps, operands.read(angles),
+                           operands.read(span_of(slots)), operands.write(cache));
+  });
   return result;
 }
 
-// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows.
-py::array bind_paged_attention(
-    const CpuContext& ctx, const py::array& q, py::array keys, py::array values,
-    const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
-    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype) {
-  const KvLayer cache = kv_layer(keys, values);
-  const MutTensorView queries = float_view(q);
-  if (num_heads < 1 || num_heads % cache.shape.num_kv_heads != 0 ||
-      queries.cols != num_heads * cache.shape.head_dim) {
-    refuse("q is not [tokens, num_heads * head_dim] with num_heads a multiple of num_kv_heads");
+using Sequences = std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>;
+
+// sequences: (first_position, num_tokens, block table) of each, in the order of the rows of q, which
+// may be followed by k and v. On CUDA, (-1, 1, []) is a padded row.
+AttentionCall attention_call(const AnyContext& any, const py::array& q, py::array& keys,
+                             py::array& values, const Sequences& sequences, std::int64_t num_heads,
+                             std::int64_t window, float scale, const std::string& dtype,
+                             bool as_chunks) {
+  AttentionCall call{.queries = product_view(any, q),
+                     .cache = kv_layer(keys, values),
+                     .sequences = {},
+                     .table_sizes = {},
+                     .num_heads = num_heads,
+                     .window = window,
+                     .scale = scale,
+                     .as_chunks = as_chunks};
+  const KvShape& shape = call.cache.shape;
+  if (num_heads < 1 || num_heads % shape.num_kv_heads != 0) {
+    refuse("num_heads is not a multiple of the KV heads");
   }
-  std::vector<BatchSequence> batch;
+  if (!on_cpu(any) && (call.queries.dtype != shape.dtype || named(dtype) != shape.dtype)) {
+    refuse("q, the cache and the result differ in dtype");
+  }
   std::int64_t first_token = 0;
   for (const auto& [first_position, num_tokens, table] : sequences) {
-    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * cache.shape.block_size;
-    if (first_position < 0 || num_tokens < 0) refuse("a position is negative");
+    const std::int64_t covered = static_cast<std::int64_t>(table.size()) * shape.block_size;
+    if (first_position < (on_cpu(any) ? 0 : -1) || num_tokens < 0) refuse("a position is negative");
     if (first_position + num_tokens > covered) refuse("a block table is too short");
     for (const std::int32_t block : table) {
-      if (block < 0 || block >= cache.shape.num_blocks) refuse("a block is outside the pool");
+      if (block < 0 || block >= shape.num_blocks) refuse("a block is outside the pool");
     }
-    batch.push_back({first_token, num_tokens, first_position, table.data()});
+    call.sequences.push_back({first_token, num_tokens, first_position, table.data()});
+    call.table_sizes.push_back(std::ssize(table));
     first_token += num_tokens;
   }
-  if (first_token != queries.rows) refuse("the sequences do not cover the rows of q");
-  py::array out = make(named(dtype), queries.rows, num_heads * cache.shape.head_dim);
-  paged_attention(ctx, queries, cache, batch, num_heads, window, scale, view(out));
+  if (first_token != call.queries.rows) refuse("the sequences do not cover the rows of q");
+  return call;
+}
+
+py::array bind_paged_attention(const AnyContext& any, const py::array& q, py::array keys,
+                               py::array values, const Sequences& sequences, std::int64_t num_heads,
+                               std::int64_t window, float scale, const std::string& dtype,
+                               bool as_chunks) {
+  const AttentionCall call =
+      attention_call(any, q, keys, values, sequences, num_heads, window, scale, dtype, as_chunks);
+  const std::int64_t width = num_heads * call.cache.shape.head_dim;
+  if (call.queries.cols != width) refuse("q is not [tokens, num_heads * head_dim]");
+  py::array out = make(named(dtype), call.queries.rows, width);
+  run(any, [&](const auto& ctx, auto& operands) {
+    paged_attention(ctx, operands.read(call.queries), operands.write(call.cache),
+                    sequences_for(operands, call), num_heads, window, scale,
+                    operands.write(view(out)));
+  });
   return out;
+}
+
+// Writes into keys and values.
+py::array bind_rope_and_attend(const AnyContext& any, const py::array& qkv, std::int64_t num_heads,
+                               const std::optional<Floats>& q_norm,
+                               const std::optional<Floats>& k_norm, float eps,
+                               const Floats& cos_sin, const Longs& slots, py::array keys,
+                               py::array values, const Sequences& sequences, std::int64_t window,
+                               float scale, const std::string& dtype) {
+  py::array rows = qkv.attr("copy")();
+  const AttentionCall call = attention_call(any, rows, keys, values, sequences, num_heads, window,
+                                            scale, dtype, /*as_chunks=*/false);
+  const KvShape& shape = call.cache.shape;
+  const MutTensorView angles = view(cos_sin);
+  if (call.queries.cols != (num_heads + 2 * shape.num_kv_heads) * shape.head_dim ||
+      angles.rows != call.queries.rows || angles.cols != shape.head_dim ||
+      slots.size() != call.queries.rows) {
+    refuse("shapes do not fit");
+  }
+  for (const auto& norm : {q_norm, k_norm}) {
+    if (norm && norm->size() != shape.head_dim) refuse("a norm is not as long as a head");
+  }
+  py::array out = make(named(dtype), call.queries.rows, num_heads * shape.head_dim);
+  run(any, [&](const auto& ctx, auto& operands) {
+    rope_and_attend(ctx, operands.write(view(rows)), num_heads,
+                    operands.read(span_of(q_norm)).data(), operands.read(span_of(k_norm)).data(),
+                    eps, operands.read(angles), operands.read(span_of(slots)),
+                    operands.write(call.cache), sequences_for(operands, call), window, scale,
+                    operands.write(view(out)));
+  });
+  return out;
+}
+
+// pool: [num_layers, K and V, num_blocks, num_kv_heads, block_size, head_dim]. Returns the new pool.
+py::array bind_copy_blocks(const AnyContext& any, const py::array& pool,
+                           const std::vector<std::pair<std::int32_t, std::int32_t>>& copies) {
+  py::array result = pool.attr("copy")();
+  if (pool.ndim() != 6 || pool.shape(1) != 2) {
+    refuse("pool is not [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]");
+  }
+  const KvShape shape{.num_layers = pool.shape(0),
+                      .num_blocks = pool.shape(2),
+                      .block_size = pool.shape(4),
+                      .num_kv_heads = pool.shape(3),
+                      .head_dim = pool.shape(5),
+                      .dtype = dtype_of(pool)};
+  std::vector<BlockCopy> blocks;
+  for (const auto& [from, to] : copies) {
+    const auto inside = [&](std::int32_t block) {
+      return block < shape.num_blocks && (block >= 0 || (block == -1 && !on_cpu(any)));
+    };
+    if (!inside(from) || !inside(to)) refuse("a block is outside the pool");
+    blocks.push_back({from, to});
+  }
+  run(any, [&](const auto& ctx, auto& operands) {
+    const MutTensorView whole{result.mutable_data(), shape.dtype, 1, pool.size(), pool.size()};
+    const auto leave = [](void*, std::size_t) {};
+    const KvCache cache(shape, Memory(operands.write(whole).data, FreeMemory{leave, 0}));
+    copy_blocks(ctx, cache, operands.read(std::span<const BlockCopy>(blocks)));
+  });
+  return result;
 }
 
 }  // namespace
@@ -249,14 +456,35 @@ void bind_ops(py::module_& module) {
           },
           py::arg("count"), py::arg("call"), "Calls call(index, worker) once for each index.");
 
+  module.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("ctx"),
+             py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
+             "Bytes a second that the threads of ctx read from memory.");
+  module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
+             py::call_guard<py::gil_scoped_release>(),
+             "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
+
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
   ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"),
           py::arg("eps"), py::arg("dtype") = "float32");
-  ops.def("add_rms_norm", &bind_add_rms_norm, py::arg("ctx"), py::arg("residual"), py::arg("x"),
-          py::arg("weight"), py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
+          py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("out_dtype") = "float32");
+  ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
+          py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>());
+  ops.def("norm_matmul", &bind_norm_matmul, py::arg("ctx"), py::arg("x"), py::arg("norm"),
+          py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
+          py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("out_dtype") = "float32");
+  ops.def("norm_swiglu", &bind_norm_swiglu, py::arg("ctx"), py::arg("x"), py::arg("norm"),
+          py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
           py::arg("biases") = std::vector<std::optional<Floats>>());
+#if defined(TINYVLLM_HAS_CUDA)
+  ops.def("matmul_by_plan", &bind_matmul_by_plan, py::arg("ctx"), py::arg("plan"), py::arg("use"),
+          py::arg("x"), py::arg("blocks"), py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("norm") = py::none(), py::arg("eps") = 0.0f, py::arg("residual") = py::none(),
+          py::arg("out_dtype") = "float32");
+#endif
   ops.def("silu_mul", &bind_silu_mul, py::arg("ctx"), py::arg("gate_up"),
           py::arg("dtype") = "float32");
   ops.def("rope_angles", &bind_rope_angles, py::arg("ctx"), py::arg("positions"),
@@ -264,9 +492,14 @@ void bind_ops(py::module_& module) {
   ops.def("qk_norm_rope_and_cache", &bind_qk_norm_rope_and_cache, py::arg("ctx"), py::arg("qkv"),
           py::arg("num_heads"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
           py::arg("cos_sin"), py::arg("slots"), py::arg("keys"), py::arg("values"));
+  ops.def("copy_blocks", &bind_copy_blocks, py::arg("ctx"), py::arg("pool"), py::arg("copies"));
+  ops.def("rope_and_attend", &bind_rope_and_attend, py::arg("ctx"), py::arg("qkv"),
+          py::arg("num_heads"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
+          py::arg("cos_sin"), py::arg("slots"), py::arg("keys"), py::arg("values"),
+          py::arg("sequences"), py::arg("window"), py::arg("scale"), py::arg("dtype"));
   ops.def("paged_attention", &bind_paged_attention, py::arg("ctx"), py::arg("q"), py::arg("keys"),
           py::arg("values"), py::arg("sequences"), py::arg("num_heads"), py::arg("window") = 0,
-          py::arg("scale") = 1.0f, py::arg("dtype") = "float32");
+          py::arg("scale") = 1.0f, py::arg("dtype") = "float32", py::arg("as_chunks") = false);
 }
 
 }  // namespace tinyvllm

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <iterator>
 #include <map>
 #include <set>
 #include <string>
@@ -10,7 +9,8 @@
 
 #include "base/errors.h"
 #include "base/host.h"
-#include "engine/philox.h"
+#include "base/philox.h"
+#include "engine/make_runner.h"
 
 namespace tinyvllm {
 namespace {
@@ -26,10 +26,6 @@ void require(bool holds, const char* field, std::int64_t value, const std::strin
   throw InvalidRequestError(std::string(field) + " is " + std::to_string(value) + "; it must be " +
                             range + ".");
 }
-
-// The most prompt rows that pass the output matrix at a time: [64, vocab] floats are 32 MB at 128k
-// tokens.
-constexpr std::int64_t kPromptLogprobRows = 64;
 
 // Adds the CPU time of its scope to a total.
 class CpuTimer {
@@ -63,16 +59,16 @@ EngineConfig checked(const EngineConfig& config) {
     require(*config.kv_cache_memory_bytes >= 1, "kv_cache_memory_bytes",
             *config.kv_cache_memory_bytes, "at least 1");
   }
+  if (!(config.gpu_memory_utilization > 0 && config.gpu_memory_utilization <= 1)) {
+    throw InvalidRequestError("gpu_memory_utilization is " +
+                              std::to_string(config.gpu_memory_utilization) +
+                              "; it must be above 0 and at most 1.");
+  }
   if (config.max_model_len) {
     require(*config.max_model_len >= 2, "max_model_len", *config.max_model_len,
             "at least 2 (one token of prompt and one of output)");
   }
   return config;
-}
-
-DType compute_dtype(const EngineConfig& config, const Checkpoint& checkpoint) {
-  if (config.dtype) return *config.dtype;
-  return checkpoint.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
 }
 
 std::int64_t choose_max_model_len(const EngineConfig& config, const ModelConfig& model,
@@ -101,12 +97,6 @@ std::uint64_t derived_seed(std::uint64_t engine_seed, std::uint64_t arrival) {
   return (std::uint64_t{words[1]} << 32) | words[0];
 }
 
-// Files name end tokens that the model does not have; it can never choose them.
-std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
-  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
-  return tokens;
-}
-
 bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -126,50 +116,63 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
     : config_(checked(config)),
       trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
-      ctx_(config.num_threads),
-      model_(ctx_, checkpoint_, compute_dtype(config, checkpoint_), config.max_num_batched_tokens,
-             std::max(config.max_num_seqs, kPromptLogprobRows)),
-      num_blocks_(choose_num_blocks(model_.kv_shape(1, config.block_size))),
-      max_model_len_(choose_max_model_len(
-          config, model_.config(), num_blocks_ * config.block_size,
-          model_.kv_shape(1, config.block_size).bytes_per_block() / config.block_size)),
-      kv_cache_(model_.kv_shape(num_blocks_, config.block_size)),
-      prefix_cache_(num_blocks_, config.prefix_hash_mask),
-      pool_(num_blocks_, prefix_cache_, trace_.get()),
+      eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
+      runner_(make_runner(checkpoint_, config)),
+      kv_shape_(make_kv_cache()),
+      max_model_len_(choose_max_model_len(config, checkpoint_.config(),
+                                          kv_shape_.num_blocks * kv_shape_.block_size,
+                                          kv_shape_.bytes_per_block() / kv_shape_.block_size)),
+      prefix_cache_(kv_shape_.num_blocks, config.prefix_hash_mask),
+      pool_(kv_shape_.num_blocks, prefix_cache_, trace_.get()),
       scheduler_({.max_num_batched_tokens = config.max_num_batched_tokens,
                   .max_num_seqs = config.max_num_seqs,
                   .block_size = config.block_size,
                   .prefix_caching = config.prefix_caching,
                   .static_batching = config.static_batching},
-                 pool_, prefix_cache_, trace_.get()),
-      eos_token_ids_(within_vocabulary(config.eos_token_ids, model_.config().vocab_size)),
-      sampler_(eos_token_ids_) {
+                 pool_, prefix_cache_, trace_.get()) {
   checkpoint_.check_files();
-  if (trace_) trace_->engine_is_made(scheduler_.config(), num_blocks_);
+  if (trace_) trace_->engine_is_made(scheduler_.config(), kv_shape_.num_blocks);
 }
 
-std::int64_t Engine::choose_num_blocks(const KvShape& one_block) const {
-  if (config_.num_blocks) return *config_.num_blocks;
-  const std::int64_t bytes_per_block = one_block.bytes_per_block();
-  const std::int64_t available = available_memory();
-  const std::int64_t budget = config_.kv_cache_memory_bytes.value_or(available / 5 * 2);
-  const std::int64_t own = checkpoint_.config().max_position_embeddings;
+KvShape Engine::choose_kv_shape() const {
+  const ModelConfig& model = checkpoint_.config();
+  KvShape shape{.num_layers = model.num_layers,
+                .num_blocks = 1,
+                .block_size = config_.block_size,
+                .num_kv_heads = model.num_kv_heads,
+                .head_dim = model.head_dim,
+                .dtype = runner_->info().compute};
+  if (config_.num_blocks) {
+    shape.num_blocks = *config_.num_blocks;
+    return shape;
+  }
+  const std::int64_t bytes_per_block = shape.bytes_per_block();
+  const std::int64_t budget = config_.kv_cache_memory_bytes.value_or(runner_->kv_cache_budget());
+  const std::int64_t own = model.max_position_embeddings;
   const std::int64_t longest = std::min(own, config_.max_model_len.value_or(own));
   const std::int64_t blocks_a_sequence = (longest + config_.block_size - 1) / config_.block_size;
   const std::int64_t affordable = std::min<std::int64_t>(budget / bytes_per_block, INT32_MAX);
   if (affordable < 1) {
-    throw CapacityError("A KV cache of " + gibibytes(budget) + " does not hold one block: " +
-                        std::to_string(bytes_per_block) + " bytes for " +
-                        std::to_string(config_.block_size) + " tokens; " + gibibytes(available) +
-                        " of memory are available. Raise kv_cache_memory_bytes.");
+    throw CapacityError("A KV cache of " + gibibytes(budget) +
+                        " does not hold one block: " + std::to_string(bytes_per_block) +
+                        " bytes for " + std::to_string(config_.block_size) +
+                        " tokens. Raise kv_cache_memory_bytes, or free memory.");
   }
-  if (config_.kv_cache_memory_bytes) return affordable;
-  return std::min(affordable, config_.max_num_seqs * blocks_a_sequence);
+  shape.num_blocks = config_.kv_cache_memory_bytes
+                         ? affordable
+                         : std::min(affordable, config_.max_num_seqs * blocks_a_sequence);
+  return shape;
+}
+
+KvShape Engine::make_kv_cache() const {
+  const KvShape shape = choose_kv_shape();
+  runner_->make_kv_cache(shape);
+  return shape;
 }
 
 void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
                          const SamplingParams& params) {
-  const std::int64_t vocab = model_.config().vocab_size;
+  const std::int64_t vocab = checkpoint_.config().vocab_size;
   params.validate();
   params.validate_for(vocab);
   if (prompt.empty()) {
@@ -188,7 +191,7 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
                               " tokens and max_model_len is " + std::to_string(max_model_len_) +
                               "; prompt and output share it. Shorten the prompt to at most " +
                               std::to_string(max_model_len_ - 1) + " tokens" +
-                              (max_model_len_ < model_.config().max_position_embeddings
+                              (max_model_len_ < checkpoint_.config().max_position_embeddings
                                    ? ", or raise max_model_len."
                                    : "."));
   }
@@ -229,169 +232,155 @@ StepOutput Engine::step() {
   const std::lock_guard lock(mutex_);
   const CpuTimer timer(totals_.step_seconds);
   StepOutput output = std::exchange(reported_, {});
-  if (trace_) trace_->step_begins();
-  const ScheduledStep step = scheduler_.schedule();
-  if (trace_) trace_->step_is_scheduled(step);
-  if (step.sequences.empty()) {
-    if (trace_) trace_->flush();
-    return output;
+  // A traced step is alone, so that the times in the trace are its own.
+  const std::size_t max_in_flight = trace_ ? 1 : runner_->max_in_flight();
+  while (in_flight_.size() < max_in_flight && launch_next(output)) {
   }
-  ++totals_.num_steps;
-  bool failed = false;
-  try {
-    run(step, output);
-  } catch (...) {
-    failed = true;
-    scheduler_.forget(step);
-    std::set<RequestId> ids;
-    for (const auto& [sequence, num_tokens] : step.sequences) ids.insert(sequence->request->id);
-    for (const RequestId id : ids) fail(id, std::current_exception(), output);
-  }
-  if (trace_) {
-    trace_->step_ends(totals_.num_steps, failed, pool_, scheduler_.num_running(),
-                      scheduler_.num_waiting());
-  }
+  if (!in_flight_.empty()) collect_oldest(output);
+  while (requests_.empty() && !in_flight_.empty()) collect_oldest(output);  // all ended meanwhile
   return output;
 }
 
-// One forward pass, and what its logits become. Output gets nothing before all that can fail is
-// done.
-void Engine::run(const ScheduledStep& step, StepOutput& output) {
-  std::vector<std::int32_t> last_rows;  // of the sequences whose next token is due
-  compute(step, last_rows);
-
-  std::vector<Sequence*> due;  // in the order of last_rows
-  due.reserve(last_rows.size());
-  for (const auto& [sequence, num_tokens] : step.sequences) {
-    const std::size_t computed =
-        sequence->num_computed_tokens + static_cast<std::size_t>(num_tokens);
-    if (computed == sequence->tokens.size()) due.push_back(sequence);
+// Schedules and launches a step. False if there was nothing to launch, or it failed.
+bool Engine::launch_next(StepOutput& output) {
+  if (trace_) trace_->step_begins();
+  InFlight next{.step = scheduler_.schedule(), .requests = {}, .targets = {}, .prompt_owners = {}};
+  if (trace_) trace_->step_is_scheduled(next.step);
+  if (next.step.sequences.empty()) {
+    if (trace_) trace_->flush();
+    return false;
   }
-  StepOutput prompt_output;
-  Draws draws = draw(due, last_rows);
-  add_prompt_logprobs(step, prompt_output);
-  // Zeros were read in place of a page that is gone: nothing of this step may leave.
-  if (checkpoint_.any_file_failed()) checkpoint_.check_files();
-  if (trace_) trace_->step_is_computed(step);
+  ++totals_.num_steps;
+  StepPlan plan = this->plan(next.step, next);
+  try {
+    if (totals_.num_steps == config_.fail_at_step) throw Error("This step fails, as asked for.");
+    const CpuTimer timer(totals_.model_seconds);
+    runner_->launch(plan);
+  } catch (...) {
+    in_flight_.push_back(std::move(next));
+    fail_all_in_flight(std::current_exception(), output);
+    return false;
+  }
+  advance(next, plan);
+  in_flight_.push_back(std::move(next));
+  return true;
+}
 
+// What is to be sampled, and which logprobs of the prompts are wanted. Row t of a prompt gives the
+// logprobs of token t + 1; those whose results are there already, from before a preemption, are left
+// out.
+StepPlan Engine::plan(const ScheduledStep& step, InFlight& in_flight) const {
+  StepPlan plan{.sequences = step.sequences, .copies = step.copies, .draws = {}, .prompt_rows = {}};
+  std::int64_t first_row = 0;  // of the sequence in the batch
   for (const auto& [sequence, num_tokens] : step.sequences) {
+    const Request& request = *sequence->request;
+    in_flight.requests.push_back(request.id);
+    const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
+    const std::int64_t end = first + num_tokens;
+    if (end == static_cast<std::int64_t>(sequence->num_tokens())) {
+      for (std::int32_t i = 0; i < static_cast<std::int32_t>(sequence->num_slots()); ++i) {
+        plan.draws.push_back({.sequence = sequence,
+                              .sample = sequence->sample + i,
+                              .row = static_cast<std::int32_t>(first_row + num_tokens - 1)});
+      }
+    }
+    if (request.wants_prompt_logprobs()) {
+      const std::int64_t last = static_cast<std::int64_t>(request.num_prompt_tokens) - 1;
+      for (std::int64_t position = std::max(first, std::ssize(request.prompt_logprobs));
+           position < std::min(end, last); ++position) {
+        plan.prompt_rows.push_back(
+            {.row = static_cast<std::int32_t>(first_row + position - first),
+             .token = sequence->tokens[static_cast<std::size_t>(position + 1)],
+             .k = *request.params.prompt_logprobs});
+        in_flight.prompt_owners.push_back(request.id);
+      }
+    }
+    first_row += num_tokens;
+  }
+  return plan;
+}
+
+// What the scheduler may take for granted once a step is launched: its tokens are computed, and
+// every sequence that reached its end has one more, though nobody knows yet which.
+void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
+  for (const auto& [sequence, num_tokens] : in_flight.step.sequences) {
     const std::int64_t prompt_left =
         static_cast<std::int64_t>(sequence->request->num_prompt_tokens) -
         static_cast<std::int64_t>(sequence->num_computed_tokens);
     totals_.num_prefill_tokens += std::clamp<std::int64_t>(prompt_left, 0, num_tokens);
     sequence->num_computed_tokens += static_cast<std::size_t>(num_tokens);
   }
-  output.prompt_logprobs = std::move(prompt_output.prompt_logprobs);
-  std::map<RequestId, std::exception_ptr> failed;
-  auto sample = draws.samples.begin();
-  for (std::size_t i = 0; i < due.size(); ++i) {
-    if (draws.errors[i]) {
-      failed.emplace(due[i]->request->id, draws.errors[i]);
-      sample += due[i]->num_slots();
-      continue;
-    }
-    std::vector<Sequence*> forks;
-    if (due[i]->stands_for_all) forks = scheduler_.fork(*due[i]);
-    accept(*due[i], std::move(*sample++), output);
-    for (Sequence* fork : forks) accept(*fork, std::move(*sample++), output);
+  auto sequence = in_flight.step.sequences.begin();
+  while (in_flight.targets.size() < plan.draws.size()) {
+    const Sequence* due = plan.draws[in_flight.targets.size()].sequence;
+    while (sequence->sequence != due) ++sequence;
+    in_flight.targets.push_back(sequence->sequence);
+    if (!due->stands_for_all) continue;
+    const std::vector<Sequence*> forks = scheduler_.fork(*sequence->sequence);
+    in_flight.targets.insert(in_flight.targets.end(), forks.begin(), forks.end());
   }
-  for (const auto& [id, error] : failed) fail(id, error, output);
+  for (std::size_t i = 0; i < in_flight.targets.size(); ++i) {
+    ++in_flight.targets[i]->num_pending;
+    in_flight.targets[i]->pending_draw = static_cast<std::int32_t>(i);
+  }
 }
 
-// The next token of each sequence from its row of the batch. Forks draw from the row of the
-// sequence that stands for them: only their sample numbers differ. A row that cannot be sampled
-// fails its own request and no other.
-Engine::Draws Engine::draw(const std::vector<Sequence*>& due,
-                           const std::vector<std::int32_t>& rows) {
-  const CpuTimer timer(totals_.model_seconds);
-  std::vector<std::size_t> first;  // of each sequence's samples
-  std::size_t num_samples = 0;
-  for (const Sequence* sequence : due) {
-    first.push_back(num_samples);
-    num_samples += static_cast<std::size_t>(sequence->num_slots());
+// Hands out what a step has given. Output gets nothing before all that can fail is done.
+void Engine::collect_oldest(StepOutput& output) {
+  StepResult result;
+  try {
+    const CpuTimer timer(totals_.model_seconds);
+    result = runner_->collect();
+    // Zeros were read in place of a page that is gone: nothing of this step may leave.
+    if (checkpoint_.any_file_failed()) checkpoint_.check_files();
+  } catch (...) {
+    fail_all_in_flight(std::current_exception(), output);
+    return;
   }
-  Draws draws{.samples = std::vector<Sample>(num_samples),
-              .errors = std::vector<std::exception_ptr>(due.size())};
-  const MutTensorView logits = model_.logits(rows);
-  ctx_.parallel_for(std::ssize(due), [&](std::int64_t i, int) {
-    const auto index = static_cast<std::size_t>(i);
-    const std::span<const float> row(logits.row<float>(i), static_cast<std::size_t>(logits.cols));
-    const Sequence& sequence = *due[index];
-    try {
-      for (std::int32_t k = 0; k < static_cast<std::int32_t>(sequence.num_slots()); ++k) {
-        draws.samples[first[index] + static_cast<std::size_t>(k)] =
-            sampler_.sample(sequence, sequence.sample + k, row);
-      }
-    } catch (...) {
-      draws.errors[index] = std::current_exception();
-    }
-  });
-  return draws;
-}
+  const InFlight step = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  if (trace_) trace_->step_is_computed(step.step);
 
-// The forward pass over the scheduled tokens of every sequence, one sequence after the other.
-// Appends the rows of the batch whose logits give a next token.
-void Engine::compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows) {
-  std::vector<std::int32_t> tokens, positions;
-  std::vector<std::int64_t> slots;
-  std::vector<BatchSequence> sequences;
-  for (const auto& [sequence, num_tokens] : step.sequences) {
-    const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
-    sequences.push_back({.first_token = std::ssize(tokens),
-                         .num_tokens = num_tokens,
-                         .first_position = first,
-                         .block_table = sequence->block_table.data()});
-    for (std::int64_t position = first; position < first + num_tokens; ++position) {
-      const auto index = static_cast<std::size_t>(position / config_.block_size);
-      tokens.push_back(sequence->tokens[static_cast<std::size_t>(position)]);
-      positions.push_back(static_cast<std::int32_t>(position));
-      slots.push_back(std::int64_t{sequence->block_table[index]} * config_.block_size +
-                      position % config_.block_size);
-    }
-    if (first + num_tokens == std::ssize(sequence->tokens)) {
-      last_rows.push_back(static_cast<std::int32_t>(tokens.size() - 1));
-    }
-  }
-  if (totals_.num_steps == config_.fail_at_step) throw Error("This step fails, as asked for.");
-  for (const auto& [from, to] : step.copies) kv_cache_.copy_block(from, to);
-  const CpuTimer timer(totals_.model_seconds);
-  model_.forward({.tokens = tokens, .positions = positions, .slots = slots, .sequences = sequences},
-                 kv_cache_);
-}
-
-// Row t of a prompt gives the logprobs of token t + 1. Rows whose results are there already, from
-// before a preemption, are left out.
-void Engine::add_prompt_logprobs(const ScheduledStep& step, StepOutput& output) {
-  std::int64_t first_row = 0;  // of the sequence in the batch
-  for (const auto& [sequence, num_tokens] : step.sequences) {
-    Request& request = *sequence->request;
-    const std::int64_t first = static_cast<std::int64_t>(sequence->num_computed_tokens);
-    std::int64_t position = std::max(first, std::ssize(request.prompt_logprobs));
-    const std::int64_t end =
-        std::min(first + num_tokens, static_cast<std::int64_t>(request.num_prompt_tokens) - 1);
-    const bool wanted = request.wants_prompt_logprobs();
-    while (wanted && position < end) {
-      const std::int64_t count = std::min(kPromptLogprobRows, end - position);
-      std::vector<std::int32_t> rows;
-      for (std::int64_t i = 0; i < count; ++i) {
-        rows.push_back(static_cast<std::int32_t>(first_row + position - first + i));
-      }
-      const MutTensorView logits = model_.logits(rows);
-      std::vector<TokenLogprobs> entries(rows.size());
-      ctx_.parallel_for(count, [&](std::int64_t i, int) {
-        entries[static_cast<std::size_t>(i)] =
-            top_logprobs({logits.row<float>(i), static_cast<std::size_t>(logits.cols)},
-                         sequence->tokens[static_cast<std::size_t>(position + i + 1)],
-                         *request.params.prompt_logprobs);
-      });
-      std::move(entries.begin(), entries.end(), std::back_inserter(request.prompt_logprobs));
-      position += count;
-    }
-    if (wanted && !request.wants_prompt_logprobs()) {
+  for (std::size_t i = 0; i < step.prompt_owners.size(); ++i) {
+    const auto owner = requests_.find(step.prompt_owners[i]);
+    if (owner == requests_.end()) continue;  // aborted meanwhile
+    Request& request = *owner->second;
+    request.prompt_logprobs.push_back(std::move(result.prompt_logprobs[i]));
+    if (!request.wants_prompt_logprobs()) {
       output.prompt_logprobs.emplace_back(request.id, request.prompt_logprobs);
     }
-    first_row += num_tokens;
   }
+  std::map<RequestId, std::exception_ptr> failed;
+  for (std::size_t i = 0; i < step.targets.size(); ++i) {
+    Sequence* sequence = step.targets[i];
+    if (sequence == nullptr) continue;
+    --sequence->num_pending;
+    if (result.errors[i]) {
+      failed.emplace(sequence->request->id, result.errors[i]);
+    } else {
+      accept(*sequence, std::move(result.samples[i]), output);
+    }
+  }
+  for (const auto& [id, error] : failed) fail(id, error, output);
+  if (trace_) trace_end_of_step(false);
+}
+
+// Ends every request that is in a step in flight: a step builds on the results of those before it.
+void Engine::fail_all_in_flight(const std::exception_ptr& error, StepOutput& output) {
+  runner_->abandon();
+  std::set<RequestId> ids;
+  for (const InFlight& step : in_flight_) {
+    scheduler_.forget(step.step);
+    ids.insert(step.requests.begin(), step.requests.end());
+  }
+  in_flight_.clear();
+  for (const RequestId id : ids) fail(id, error, output);
+  if (trace_) trace_end_of_step(true);
+}
+
+void Engine::trace_end_of_step(bool failed) {
+  trace_->step_ends(totals_.num_steps, failed, pool_, scheduler_.num_running(),
+                    scheduler_.num_waiting());
 }
 
 void Engine::accept(Sequence& sequence, Sample sample, StepOutput& output) {
@@ -418,6 +407,11 @@ void Engine::accept(Sequence& sequence, Sample sample, StepOutput& output) {
 void Engine::end(const Sequence& sequence, StepOutput& output, std::exception_ptr error) {
   Request& request = *sequence.request;
   request.num_unfinished -= static_cast<std::int32_t>(sequence.num_slots());
+  for (InFlight& step : in_flight_) {
+    std::replace_if(
+        step.targets.begin(), step.targets.end(),
+        [&](const Sequence* target) { return target == &sequence; }, nullptr);
+  }
   scheduler_.remove(sequence);
   if (request.num_unfinished > 0) return;
   output.ended.push_back({request.id, std::max<std::int64_t>(0, request.num_cached_tokens), error});

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <filesystem>
 #include <memory>
@@ -18,38 +19,14 @@
 
 #include "checkpoint/checkpoint.h"
 #include "engine/block_pool.h"
+#include "engine/engine_config.h"
 #include "engine/prefix_cache.h"
 #include "engine/request.h"
-#include "engine/sampler.h"
+#include "engine/runner.h"
 #include "engine/scheduler.h"
 #include "engine/trace.h"
-#include "model/transformer.h"
-#include "ops/cpu_context.h"
-#include "ops/kv_cache.h"
 
 namespace tinyvllm {
-
-struct EngineConfig {
-  std::optional<DType> dtype;  // float32 or bfloat16; absent: from the checkpoint (DESIGN 5)
-  // Prompt and output together. Absent: the smaller of the model's own and what the pool holds.
-  std::optional<std::int64_t> max_model_len;
-  std::int64_t max_num_seqs = 256;
-  std::int64_t max_num_batched_tokens = 2048;
-  std::int64_t block_size = 16;
-  // The KV pool, by its number of blocks, else by its bytes, else the smaller of max_num_seqs x
-  // max_model_len tokens and 40% of the available memory.
-  std::optional<std::int64_t> num_blocks;
-  std::optional<std::int64_t> kv_cache_memory_bytes;
-  int num_threads = 0;  // 0: one a physical core
-  std::uint64_t seed = 0;
-  bool prefix_caching = true;
-  bool static_batching =
-      false;  // admit only when nothing runs; to measure what continuous batching gains
-  std::uint64_t prefix_hash_mask = ~std::uint64_t{0};  // see PrefixCache; for tests
-  std::int64_t fail_at_step = 0;                       // the step that throws, from 1; for tests
-  std::vector<std::int32_t> eos_token_ids;             // those outside the vocabulary are ignored
-  std::optional<std::filesystem::path> trace;          // a file for events (trace.h)
-};
 
 // What one step produced. Events come as parallel arrays, with an entry for each: a new token of an
 // output, the end of that output, or both. A request has ended when all its outputs have.
@@ -109,9 +86,10 @@ class Engine {
   // Ids are the caller's; one in use is refused, and it is until step() has reported its end.
   void add_request(RequestId id, std::vector<std::int32_t> prompt, const SamplingParams& params);
 
-  // Runs one forward pass over what the scheduler chose. A failure inside it ends the requests that
-  // were in the step with kError and leaves the engine usable. If a model file could no longer be
-  // read, the step's tokens are discarded.
+  // Runs one forward pass over what the scheduler chose. On a GPU it launches the next one before it
+  // waits for the results of the oldest: the device is never idle while the host schedules. A failure
+  // inside a step ends the requests that were in it, or in one after it, with kError and leaves the
+  // engine usable. If a model file could no longer be read, the step's tokens are discarded.
   StepOutput step();
 
   // Ends one output of a request early; the events come out of the next step(). Unknown ids and
@@ -133,45 +111,47 @@ class Engine {
   // end.
   std::vector<std::string> warnings() const;
   const Checkpoint& checkpoint() const { return checkpoint_; }
-  const CpuContext& context() const { return ctx_; }
-  const Transformer& model() const { return model_; }
+  const Runner& runner() const { return *runner_; }
+  const KvShape& kv_shape() const { return kv_shape_; }
   std::int64_t max_model_len() const { return max_model_len_; }
-  std::int64_t num_blocks() const { return num_blocks_; }
-  std::int64_t block_size() const { return config_.block_size; }
 
  private:
-  struct Draws {
-    std::vector<Sample> samples;             // of each due sequence: one, or one for each fork
-    std::vector<std::exception_ptr> errors;  // of each due sequence, or null
+  // A step that was launched and not collected.
+  struct InFlight {
+    ScheduledStep step;  // its sequences may have ended meanwhile
+    std::vector<RequestId> requests;
+    std::vector<Sequence*> targets;        // of each draw; null: it has ended meanwhile
+    std::vector<RequestId> prompt_owners;  // of each prompt row
   };
 
-  void run(const ScheduledStep& step, StepOutput& output);
-  Draws draw(const std::vector<Sequence*>& due, const std::vector<std::int32_t>& rows);
-  void compute(const ScheduledStep& step, std::vector<std::int32_t>& last_rows);
-  void add_prompt_logprobs(const ScheduledStep& step, StepOutput& output);
+  bool launch_next(StepOutput& output);
+  StepPlan plan(const ScheduledStep& step, InFlight& in_flight) const;
+  void advance(InFlight& in_flight, const StepPlan& plan);
+  void collect_oldest(StepOutput& output);
+  void fail_all_in_flight(const std::exception_ptr& error, StepOutput& output);
+  void trace_end_of_step(bool failed);
   void accept(Sequence& sequence, Sample sample, StepOutput& output);
   void end(const Sequence& sequence, StepOutput& output, std::exception_ptr error = nullptr);
   void cut_off(const Sequence& sequence, FinishReason reason, StepOutput& output,
                std::exception_ptr error = nullptr);
   void fail(RequestId id, const std::exception_ptr& error, StepOutput& output);
-  std::int64_t choose_num_blocks(const KvShape& one_block) const;
+  KvShape choose_kv_shape() const;
+  KvShape make_kv_cache() const;
 
   const EngineConfig config_;
   const std::unique_ptr<Trace> trace_;  // null: none
   const Checkpoint checkpoint_;
-  const CpuContext ctx_;
-  Transformer model_;
-  const std::int64_t num_blocks_;
+  const std::vector<std::int32_t> eos_token_ids_;
+  const std::unique_ptr<Runner> runner_;
+  const KvShape kv_shape_;
   const std::int64_t max_model_len_;
-  KvCache kv_cache_;
   PrefixCache prefix_cache_;
   BlockPool pool_;
   Scheduler scheduler_;
-  const std::vector<std::int32_t> eos_token_ids_;
-  const Sampler sampler_;
 
   mutable std::mutex mutex_;  // add_request and finish may come from other threads than step's
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests_;  // that have not ended
+  std::deque<InFlight> in_flight_;                                    // oldest first
   StepOutput reported_;  // what finish() and abort() have ended, for the next step to hand over
   EngineStats totals_;
   std::uint64_t num_arrivals_ = 0;

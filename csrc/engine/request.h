@@ -70,8 +70,13 @@ struct Sequence {
   std::int32_t sample = 0;      // which of the request's n outputs
   bool stands_for_all = false;  // not forked yet
 
-  std::vector<std::int32_t> tokens;  // prompt, then output
-  // Tokens whose K and V are in the cache. A sequence is in prefill while more than one is missing.
+  std::vector<std::int32_t> tokens;  // prompt, then output, as far as it is known
+  // Tokens behind these that steps in flight sample; the last of them is this draw of the step that
+  // was launched last.
+  std::int32_t num_pending = 0;
+  std::int32_t pending_draw = -1;
+  // Tokens whose K and V are in the cache, or will be when the steps in flight have ended. A sequence
+  // is in prefill while more than one is missing.
   std::size_t num_computed_tokens = 0;
   std::vector<BlockId> block_table;
   // How far the table's blocks are known to the prefix cache, and the key of the last of these.
@@ -80,7 +85,14 @@ struct Sequence {
   // How often each token was put out; kept only where penalties ask for it.
   std::unordered_map<std::int32_t, std::int32_t> output_counts;
 
-  std::size_t num_output_tokens() const { return tokens.size() - request->num_prompt_tokens; }
+  // With those that are not known yet.
+  std::size_t num_tokens() const { return tokens.size() + static_cast<std::size_t>(num_pending); }
+  std::size_t num_output_tokens() const { return num_tokens() - request->num_prompt_tokens; }
+  // Where the K and V of a position lie (kv_cache.h).
+  std::int64_t slot(std::int64_t position, std::int64_t block_size) const {
+    return std::int64_t{block_table[static_cast<std::size_t>(position / block_size)]} * block_size +
+           position % block_size;
+  }
   // How many of max_num_seqs it takes.
   std::int64_t num_slots() const { return stands_for_all ? request->params.n : 1; }
   // First come, first served: by arrival, then by sample.

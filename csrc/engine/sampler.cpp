@@ -11,18 +11,13 @@
 #include <string>
 
 #include "base/errors.h"
-#include "engine/philox.h"
+#include "base/philox.h"
+#include "ops/gumbel.h"
 
 namespace tinyvllm {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// The nearest float that is neither 0 nor infinite: their products with -inf and 0 are no numbers.
-float positive_float(double value) {
-  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
-                                               std::numeric_limits<float>::max()));
-}
 
 // Rows are gone through in blocks; a block is skipped where its largest logit says enough.
 constexpr std::size_t kBlock = 256;
@@ -125,9 +120,8 @@ struct Scaled {
   }
 };
 
-// p >= min_p * p_max is a bound on the distance of two logits, without any softmax.
 float lowest_logit(const SamplingParams& params, const Scaled& scaled) {
-  return params.min_p > 0 ? scaled.maximum() + static_cast<float>(std::log(params.min_p))
+  return params.min_p > 0 ? scaled.maximum() + log_min_p(params)
                           : std::numeric_limits<float>::lowest();
 }
 
@@ -181,23 +175,6 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, const Scaled
   return kept;
 }
 
-// The random bits of the tokens 4 i .. 4 i + 3: one Philox call has room for four.
-std::array<std::uint32_t, 4> token_noise(std::uint64_t seed, std::uint32_t sample_index,
-                                         std::uint32_t position, std::uint32_t i) {
-  return philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
-                {i, position, sample_index, 0});
-}
-
-// The noise that 32 random bits give: -log(-log(u)) for u in the middle of one of 2^32 equal parts
-// of (0, 1).
-double gumbel(std::uint32_t bits) {
-  return -std::log(-std::log(std::ldexp(static_cast<double>(bits) + 0.5, -32)));
-}
-
-// An upper bound of gumbel(bits) without a logarithm: 1 - u >= 2^-(k + 1), where k is the number of
-// leading ones, and -log(-log(u)) <= -log(1 - u).
-double gumbel_bound(std::uint32_t bits) { return (std::countl_one(bits) + 1) * std::numbers::ln2; }
-
 // The largest logit + noise so far.
 class Contest {
  public:
@@ -205,7 +182,7 @@ class Contest {
   std::int32_t winner() const { return winner_; }
 
   void enter(std::int32_t token, double logit, std::uint32_t bits) {
-    if (logit + gumbel_bound(bits) < best_) return;  // nearly all: only a few can still win
+    if (logit + gumbel_upper_bound(bits) < best_) return;  // nearly all: only a few can still win
     const double value = logit + gumbel(bits);
     if (value > best_ || (value == best_ && token < winner_)) {
       best_ = value;
@@ -265,7 +242,7 @@ std::int32_t draw(const Noise& noise, const std::vector<std::int32_t>& kept, con
   return contest.winner();
 }
 
-// Whether a token of a block can still win: the same bound as gumbel_bound, from the exponent of
+// Whether a token of a block can still win: the same bound as gumbel_upper_bound, from the exponent of
 // 1 - u as a float, and a little more for what is rounded here.
 template <std::size_t kCount>
 bool any_can_win(const float* logits, float inverse_temperature,
@@ -361,6 +338,39 @@ std::int32_t filtered_draw(const SamplingParams& params, const Noise& noise, con
 
 }  // namespace
 
+float positive_float(double value) {
+  return static_cast<float>(std::clamp<double>(value, std::numeric_limits<float>::min(),
+                                               std::numeric_limits<float>::max()));
+}
+
+float inverse_temperature(const SamplingParams& params) {
+  return positive_float(1.0 / params.temperature);
+}
+
+float log_min_p(const SamplingParams& params) {
+  return params.min_p > 0 ? static_cast<float>(std::log(params.min_p)) : kMinusInfinity;
+}
+
+DrawOrigin::DrawOrigin(const Sequence& sequence)
+    : request(sequence.request->id),
+      position(static_cast<std::int64_t>(sequence.num_tokens()) - 1),
+      min_tokens(sequence.request->params.min_tokens),
+      num_stop_token_ids(sequence.request->params.stop_token_ids.size()) {}
+
+std::string DrawOrigin::not_finite() const {
+  return "Request " + std::to_string(request) + ": a logit at position " +
+         std::to_string(position) +
+         " is not a finite number. The weights are damaged, or too large for their dtype; try "
+         "dtype "
+         "float32.";
+}
+
+std::string DrawOrigin::no_token() const {
+  return "Request " + std::to_string(request) + ": min_tokens is " + std::to_string(min_tokens) +
+         " and the " + std::to_string(num_stop_token_ids) +
+         " stop_token_ids leave no token to choose. Lower min_tokens to 0.";
+}
+
 double gumbel_noise(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::uint32_t token) {
   return gumbel(token_noise(seed, sample_index, position, token / 4)[token % 4]);
@@ -400,10 +410,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
   const SamplingParams& params = sequence.request->params;
   RowScan row = scan(raw);
   if (!row.finite) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": a logit at position " +
-                std::to_string(sequence.tokens.size() - 1) +
-                " is not a finite number. The weights are damaged, or too large for their dtype; "
-                "try dtype float32.");
+    throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits: what changes them works on a copy.
@@ -420,16 +427,12 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
   Sample sample;
   sample.token = row.argmax;
   if (row.maximum == kMinusInfinity) {
-    throw Error("Request " + std::to_string(sequence.request->id) + ": min_tokens is " +
-                std::to_string(params.min_tokens) + " and the " +
-                std::to_string(params.stop_token_ids.size()) +
-                " stop_token_ids leave no token to choose. Lower min_tokens to 0.");
+    throw Error(DrawOrigin(sequence).no_token());
   }
   if (!params.greedy()) {
     const Noise noise{sequence.request->seed, static_cast<std::uint32_t>(sample_index),
                       static_cast<std::uint32_t>(sequence.tokens.size())};
-    sample.token =
-        filtered_draw(params, noise, {logits, positive_float(1.0 / params.temperature), row});
+    sample.token = filtered_draw(params, noise, {logits, inverse_temperature(params), row});
   }
   if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
   return sample;

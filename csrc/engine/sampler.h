@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/request.h"
@@ -36,6 +37,26 @@ class Sampler {
 
  private:
   std::vector<std::int32_t> eos_token_ids_;
+};
+
+// The nearest float that is neither 0 nor infinite: their products with -inf and 0 are no numbers.
+float positive_float(double value);
+
+// 1 / temperature as both devices use it, and log(min_p): p >= min_p * p_max is a bound on the
+// distance of two logits, without any softmax. -infinity where min_p is off.
+float inverse_temperature(const SamplingParams& params);
+float log_min_p(const SamplingParams& params);
+
+// Why a row of logits gave no token: what to say to the user.
+struct DrawOrigin {
+  RequestId request;
+  std::int64_t position;  // of the token whose logits they are
+  std::int64_t min_tokens;
+  std::size_t num_stop_token_ids;
+
+  explicit DrawOrigin(const Sequence& sequence);
+  std::string not_finite() const;
+  std::string no_token() const;
 };
 
 // The log-softmax values that `logprobs` = k asks for.

@@ -9,7 +9,15 @@ namespace tinyvllm {
 namespace {
 
 std::int64_t num_missing(const Sequence& sequence) {
-  return static_cast<std::int64_t>(sequence.tokens.size() - sequence.num_computed_tokens);
+  return static_cast<std::int64_t>(sequence.num_tokens() - sequence.num_computed_tokens);
+}
+
+// Whether the next step can go on with a sequence though its last token is not known yet: not if it
+// is the last one anyway, and not if what follows depends on which tokens came before.
+bool may_run_ahead(const Sequence& sequence) {
+  const Request& request = *sequence.request;
+  return static_cast<std::int64_t>(sequence.num_tokens()) < request.max_total_tokens &&
+         !request.params.has_penalties();
 }
 
 }  // namespace
@@ -27,6 +35,7 @@ ScheduledStep Scheduler::schedule() {
 
   for (std::size_t i = 0; i < running_.size() && budget > 0; ++i) {
     Sequence& sequence = *running_[i];
+    if (sequence.num_pending > 0 && !may_run_ahead(sequence)) continue;
     const std::int64_t num_tokens = std::min(num_missing(sequence), budget);
     bool fits = make_room(sequence, num_tokens, step);
     while (!fits && running_.size() > i + 1) {  // whoever came last gives way
@@ -98,6 +107,7 @@ void Scheduler::preempt_last(const Sequence& needy) {
 // of it.
 bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
   Sequence& sequence = *waiting_.front();
+  if (sequence.num_pending > 0) return false;  // preempted while its next token was being computed
   if (num_slots_used() + sequence.num_slots() > config_.max_num_seqs) return false;
   const std::vector<BlockId> prefix = find_prefix(sequence);
   const std::int64_t num_cached = std::ssize(prefix) * config_.block_size;
@@ -152,12 +162,15 @@ std::vector<BlockId> Scheduler::find_prefix(const Sequence& sequence) const {
 }
 
 // Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step:
-// every layer writes the K and V of the whole batch before it attends.
+// every layer writes the K and V of the whole batch before it attends. A block with a token that is
+// not known yet has to wait for it.
 void Scheduler::publish(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
   if (!config_.prefix_caching) return;
   const auto size = static_cast<std::size_t>(config_.block_size);
   const std::size_t full =
-      (sequence.num_computed_tokens + static_cast<std::size_t>(num_tokens)) / size;
+      std::min(sequence.num_computed_tokens + static_cast<std::size_t>(num_tokens),
+               sequence.tokens.size()) /
+      size;
   for (std::size_t& i = sequence.num_published_blocks; i < full; ++i) {
     const BlockId block = sequence.block_table[i];
     const bool known = cache_.contains(block);

@@ -16,6 +16,7 @@
 #include "engine/block_pool.h"
 #include "engine/prefix_cache.h"
 #include "engine/request.h"
+#include "ops/kv_cache.h"
 
 namespace tinyvllm {
 
@@ -33,11 +34,6 @@ struct SchedulerConfig {
 struct ScheduledSequence {
   Sequence* sequence;
   std::int64_t num_tokens;  // of its tokens, from num_computed_tokens on
-};
-
-// K and V of a block that forks share and one of them is about to write to (copy-on-write).
-struct BlockCopy {
-  BlockId from, to;
 };
 
 struct ScheduledStep {

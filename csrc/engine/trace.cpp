@@ -202,7 +202,8 @@ void Trace::step_is_computed(const ScheduledStep& step) {
     const std::int64_t id = sequence->request->id, sample = sequence->sample;
     const Track track = track_of(*sequence);
     Phase& phase = phase_of(*sequence);
-    const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
+    const std::int64_t first =
+        static_cast<std::int64_t>(sequence->num_computed_tokens) - num_tokens;
     if (phase == Phase::kPrefill) {
       slice("prefill", track, step_.scheduled, step_.computed,
             {{"request", id}, {"sample", sample}, {"first", first}, {"tokens", num_tokens}});

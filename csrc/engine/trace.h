@@ -67,7 +67,7 @@ class Trace {
   // One step: begins, is scheduled, is computed (unless that fails), ends.
   void step_begins();
   void step_is_scheduled(const ScheduledStep& step);
-  void step_is_computed(const ScheduledStep& step);
+  void step_is_computed(const ScheduledStep& step);  // its sequences have been advanced
   void step_ends(std::int64_t number, bool failed, const BlockPool& pool, std::int64_t num_running,
                  std::int64_t num_waiting);
 

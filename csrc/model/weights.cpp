@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <string>
 
 #include "base/errors.h"
+#include "model/rope_frequencies.h"
 
 namespace tinyvllm {
 namespace {
@@ -31,6 +31,12 @@ class Loader {
   const float* vector(const std::string& name, std::int64_t size) {
     const std::int64_t shape[] = {size};
     return static_cast<const float*>(copy(checkpoint_.tensor(name, shape), size, DType::kFloat32));
+  }
+
+  std::span<const float> copied(std::span<const float> values) {
+    void* target = allocate(values.size_bytes());
+    std::memcpy(target, values.data(), values.size_bytes());
+    return {static_cast<const float*>(target), values.size()};
   }
 
   // The tensors `prefix + names[i] + ".weight"` of rows[i] rows each, as one stacked matrix, with
@@ -68,17 +74,7 @@ class Loader {
   }
 
   const void* copy(const CheckpointTensor& tensor, std::int64_t size, DType dtype) {
-    const std::size_t bytes = static_cast<std::size_t>(size) * size_of(dtype);
-    try {
-      weights_.copies.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
-    } catch (const std::bad_alloc&) {
-      throw CapacityError("Cannot allocate " + std::to_string(bytes) +
-                          " bytes to copy a tensor to another dtype, after " +
-                          std::to_string(weights_.copied_bytes) +
-                          " bytes of other copies. Take the dtype of the files.");
-    }
-    weights_.copied_bytes += bytes;
-    std::byte* target = weights_.copies.back().get();
+    std::byte* target = allocate(static_cast<std::size_t>(size) * size_of(dtype));
     constexpr std::int64_t kPiece = 1 << 20;
     ctx_.parallel_for((size + kPiece - 1) / kPiece, [&](std::int64_t piece, int) {
       const std::int64_t end = std::min(size, (piece + 1) * kPiece);
@@ -91,6 +87,19 @@ class Loader {
       }
     });
     return target;
+  }
+
+  std::byte* allocate(std::size_t bytes) {
+    try {
+      weights_.copies.push_back(ctx_.allocate(bytes));
+    } catch (const CapacityError&) {
+      throw CapacityError("Cannot allocate " + std::to_string(bytes) +
+                          " bytes to copy a tensor to another dtype, after " +
+                          std::to_string(weights_.copied_bytes) +
+                          " bytes of other copies. Take the dtype of the files.");
+    }
+    weights_.copied_bytes += bytes;
+    return static_cast<std::byte*>(weights_.copies.back().get());
   }
 
   const CpuContext& ctx_;
@@ -110,6 +119,7 @@ Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType 
                   .embedding = {},
                   .layers = {},
                   .final_norm = nullptr,
+                  .inverse_frequencies = {},
                   .lm_head = {},
                   .copies = {}};
   Loader load(ctx, checkpoint, weights);
@@ -139,6 +149,7 @@ Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType 
     target.down =
         load.matrix(mlp, {"down_proj"}, {hidden}, config.intermediate_size, config.mlp_bias);
   }
+  weights.inverse_frequencies = load.copied(rope_inverse_frequencies(config.rope, config.head_dim));
   weights.final_norm = load.vector("model.norm.weight", hidden);
   weights.lm_head = config.tie_word_embeddings
                         ? embedding

@@ -12,9 +12,10 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
+#include <span>
 #include <vector>
 
+#include "base/memory.h"
 #include "base/tensor.h"
 #include "checkpoint/checkpoint.h"
 #include "ops/cpu_context.h"
@@ -37,11 +38,12 @@ struct Weights {
   DType compute;  // bfloat16 or float32: the dtype of activations that enter a matrix product
   TensorView embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  const float* final_norm;  // [hidden]
-  Weight lm_head;           // [vocab, hidden]; the embedding itself where the two are tied
+  const float* final_norm;                     // [hidden]
+  std::span<const float> inverse_frequencies;  // [head_dim / 2], see rope_frequencies.h
+  Weight lm_head;  // [vocab, hidden]; the embedding itself where the two are tied
 
   // What had to be copied, and its size in bytes. All else points into the checkpoint's mappings.
-  std::vector<std::unique_ptr<std::byte[]>> copies;
+  std::vector<Memory> copies;
   std::size_t copied_bytes = 0;
 };
 

@@ -1,5 +1,7 @@
 #include "ops/cpu_context.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -57,6 +59,16 @@ const Kernels& choose_kernels(const std::string& isa) {
 CpuContext::CpuContext(int num_threads, const std::string& isa)
     : kernels_(&choose_kernels(isa)),
       pool_(num_threads == 0 ? default_num_threads() : num_threads) {}
+
+Memory CpuContext::allocate(std::size_t bytes, const char* purpose) const {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw CapacityError("Cannot reserve " + std::to_string(bytes) + " bytes for " + purpose +
+                        ". Lower max_num_batched_tokens and max_num_seqs.");
+  }
+  return Memory(memory, {[](void* address, std::size_t size) { munmap(address, size); }, bytes});
+}
 
 std::byte* CpuContext::scratch(std::size_t bytes) const {
   constexpr std::size_t kAlignment = 64;

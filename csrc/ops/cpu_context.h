@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 
+#include "base/dtype.h"
+#include "base/memory.h"
 #include "base/thread_pool.h"
 #include "ops/cpu/kernels.h"
 
@@ -18,6 +20,13 @@ class CpuContext {
 
   int num_threads() const { return pool_.num_threads(); }
   const Kernels& kernels() const { return *kernels_; }
+
+  // Memory that is reserved here and taken from the system when first used. Throws CapacityError
+  // with the purpose and the bytes.
+  Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
+
+  // What matmul writes where its result is neither logits nor added to the residual stream.
+  DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }
 
   // See ThreadPool::parallel_for.
   template <typename F>

@@ -15,7 +15,11 @@
 
 namespace tinyvllm {
 
+class CudaContext;
+
 void gather_rows(const CpuContext& ctx, std::span<const std::int32_t> rows, TensorView table,
+                 MutTensorView out);
+void gather_rows(const CudaContext& ctx, std::span<const std::int32_t> rows, TensorView table,
                  MutTensorView out);
 
 }  // namespace tinyvllm

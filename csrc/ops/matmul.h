@@ -4,7 +4,7 @@
 //   weight  [outputs, depth]     up to three row blocks stacked along the outputs, because q, k, v
 //                                (and gate, up) are separate tensors on disk; one dtype
 //   bias    [outputs]            float32, a part of each row block, or absent
-//   out     [num_rows, outputs]  float32; may not alias x
+//   out     [num_rows, outputs]  float32 (on CUDA also bfloat16); may not alias x
 //
 // Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32
 // x float32. Products are added in float32, for one output always in the same order (DESIGN 4.2).
@@ -17,6 +17,8 @@
 #include "ops/cpu_context.h"
 
 namespace tinyvllm {
+
+class CudaContext;
 
 struct RowBlock {
   const void* data = nullptr;  // [rows, depth], contiguous
@@ -34,5 +36,11 @@ struct Weight {
 
 // Throws Error if the dtypes are none of the pairs above or the shapes do not fit.
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
+void matmul(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
+
+// residual[m, n] += (x W^T + b)[m, n]: what a branch of a layer does at its end. float32; the sum of
+// products is complete before it is added.
+void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual);
+void matmul_add(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView residual);
 
 }  // namespace tinyvllm

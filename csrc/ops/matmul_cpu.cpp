@@ -7,48 +7,61 @@
 namespace tinyvllm {
 namespace {
 
-// The work is cut into blocks of rows of x that stay in a core's L2 cache, and, inside, into strips
-// of outputs for the threads to take. Neither cut changes the order in which an output is summed.
-constexpr std::int64_t kCacheBytes = 512 * 1024;
-constexpr std::int64_t kStripOutputs = 96;  // a multiple of every register tile
+// A share of the work is a strip of outputs, for all rows of x: large enough that its rows of
+// weights are long runs of memory, small enough that the threads end at about the same time.
+constexpr std::int64_t kStripBytes = 1024 * 1024;
+constexpr std::int64_t kStripsPerThread = 4;
+constexpr std::int64_t kOutputsMultiple = 4;  // of the register tile
 
-template <typename X, typename W>
-void matmul_blocks(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                   void (*kernel)(const MatmulShare<X, W>&)) {
-  const std::int64_t depth_bytes = weight.depth * static_cast<std::int64_t>(sizeof(X));
-  const std::int64_t block_rows = std::max<std::int64_t>(16, kCacheBytes / depth_bytes);
-  const auto strips_of = [](const RowBlock& block) {
-    return (block.rows + kStripOutputs - 1) / kStripOutputs;
-  };
-  const std::int64_t strips =
-      strips_of(weight.blocks[0]) + strips_of(weight.blocks[1]) + strips_of(weight.blocks[2]);
+// How `rows` outputs of a row block are cut into strips: `count` of them, the last one shorter.
+struct Strips {
+  std::int64_t count, outputs;
+};
 
-  for (std::int64_t m = 0; m < x.rows; m += block_rows) {
-    const std::int64_t rows = std::min(block_rows, x.rows - m);
-    ctx.parallel_for(strips, [&](std::int64_t strip, int) {
-      std::int64_t first_output = 0;
-      const RowBlock* block = weight.blocks.data();
-      for (; strip >= strips_of(*block); ++block) {
-        strip -= strips_of(*block);
-        first_output += block->rows;
-      }
-      const std::int64_t n = strip * kStripOutputs;
-      kernel({.x = x.row<X>(m),
-              .x_stride = x.row_stride,
-              .weight = static_cast<const W*>(block->data) + n * weight.depth,
-              .bias = block->bias == nullptr ? nullptr : block->bias + n,
-              .out = out.row<float>(m) + first_output + n,
-              .out_stride = out.row_stride,
-              .num_rows = rows,
-              .num_outputs = std::min(kStripOutputs, block->rows - n),
-              .depth = weight.depth});
-    });
-  }
+Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs) {
+  if (rows == 0) return {0, 0};
+  const std::int64_t count = (rows + most_outputs - 1) / most_outputs;
+  const std::int64_t even = (rows + count - 1) / count;
+  const std::int64_t outputs = (even + kOutputsMultiple - 1) / kOutputsMultiple * kOutputsMultiple;
+  return {(rows + outputs - 1) / outputs, outputs};
 }
 
-}  // namespace
+template <typename X, typename W>
+void matmul_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+                   bool accumulate, void (*kernel)(const MatmulShare<X, W>&)) {
+  const std::int64_t by_bytes =
+      kStripBytes / (weight.depth * static_cast<std::int64_t>(sizeof(W)) + 1);
+  const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
+  const std::int64_t most_outputs = std::max(kOutputsMultiple, std::min(by_bytes, by_threads));
+  std::array<Strips, 3> strips;
+  for (std::size_t i = 0; i < strips.size(); ++i) {
+    strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs);
+  }
+  ctx.parallel_for(strips[0].count + strips[1].count + strips[2].count,
+                   [&](std::int64_t strip, int) {
+                     std::int64_t first_output = 0;
+                     std::size_t i = 0;
+                     for (; strip >= strips[i].count; ++i) {
+                       strip -= strips[i].count;
+                       first_output += weight.blocks[i].rows;
+                     }
+                     const RowBlock& block = weight.blocks[i];
+                     const std::int64_t n = strip * strips[i].outputs;
+                     kernel({.x = x.row<X>(0),
+                             .x_stride = x.row_stride,
+                             .weight = static_cast<const W*>(block.data) + n * weight.depth,
+                             .bias = block.bias == nullptr ? nullptr : block.bias + n,
+                             .out = out.row<float>(0) + first_output + n,
+                             .out_stride = out.row_stride,
+                             .accumulate = accumulate,
+                             .num_rows = x.rows,
+                             .num_outputs = std::min(strips[i].outputs, block.rows - n),
+                             .depth = weight.depth});
+                   });
+}
 
-void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+              bool accumulate) {
   if (x.cols != weight.depth || out.cols != weight.outputs() || out.rows != x.rows ||
       out.dtype != DType::kFloat32) {
     throw Error("matmul: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
@@ -59,16 +72,26 @@ void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensor
   }
   const Kernels& kernels = ctx.kernels();
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    matmul_blocks<BFloat16, BFloat16>(ctx, x, weight, out, kernels.matmul_bf16_bf16);
+    matmul_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    matmul_blocks<float, BFloat16>(ctx, x, weight, out, kernels.matmul_f32_bf16);
+    matmul_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    matmul_blocks<float, float>(ctx, x, weight, out, kernels.matmul_f32_f32);
+    matmul_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32);
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +
                 " is not a supported pair of dtypes; convert one of them.");
   }
+}
+
+}  // namespace
+
+void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+  multiply(ctx, x, weight, out, false);
+}
+
+void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
+  multiply(ctx, x, weight, residual, true);
 }
 
 }  // namespace tinyvllm

@@ -12,14 +12,11 @@
 
 namespace tinyvllm {
 
+class CudaContext;
+
 void rms_norm(const CpuContext& ctx, TensorView x, const float* weight, float eps,
               MutTensorView out);
-
-// The same, after residual[t, i] += x[t, i].
-//
-//   residual  [num_tokens, hidden]  float32, updated in place
-//   x         [num_tokens, hidden]  float32, what the previous matmul wrote
-void add_rms_norm(const CpuContext& ctx, MutTensorView residual, TensorView x, const float* weight,
-                  float eps, MutTensorView out);
+void rms_norm(const CudaContext& ctx, TensorView x, const float* weight, float eps,
+              MutTensorView out);
 
 }  // namespace tinyvllm

@@ -28,13 +28,4 @@ void rms_norm(const CpuContext& ctx, TensorView x, const float* weight, float ep
   });
 }
 
-void add_rms_norm(const CpuContext& ctx, MutTensorView residual, TensorView x, const float* weight,
-                  float eps, MutTensorView out) {
-  ctx.parallel_for(x.rows, [&](std::int64_t t, int) {
-    float* row = residual.row<float>(t);
-    ctx.kernels().add(row, x.row<float>(t), x.cols);
-    normalize_row(ctx.kernels(), row, weight, eps, t, out);
-  });
-}
-
 }  // namespace tinyvllm

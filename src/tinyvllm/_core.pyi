@@ -75,6 +75,10 @@ class Engine:
         fail_at_step: int = 0,
         eos_token_ids: Sequence[int] = [],
         trace: Path | None = None,
+        device: str = "auto",
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        batch_invariant: bool = False,
     ) -> None: ...
     def add_request(self, id: int, prompt: Sequence[int], params: SamplingParams) -> None: ...
     def step(self) -> StepOutput: ...
@@ -89,7 +93,14 @@ class Engine:
 
 class Model:
     def __init__(
-        self, directory: Path, dtype: str = "auto", num_threads: int = 0, block_size: int = 16
+        self,
+        directory: Path,
+        dtype: str = "auto",
+        num_threads: int = 0,
+        block_size: int = 16,
+        device: str = "auto",
+        enforce_eager: bool = False,
+        batch_invariant: bool = False,
     ) -> None: ...
     def logits(self, token_ids: npt.ArrayLike, chunk_size: int = 0) -> Floats: ...
 
@@ -140,41 +151,154 @@ class CpuContext:
     def isa(self) -> str: ...
     def parallel_for(self, count: int, call: Callable[[int, int], object]) -> None: ...
 
+def measure_read_bandwidth(ctx: CpuContext, seconds: float = 0.5) -> float: ...
+def measure_arithmetic(ctx: CpuContext, seconds: float = 0.2) -> float: ...
+def cuda_build() -> str: ...
+
+# Only in a module that was built with CUDA, real or emulated: up to run_trap.
+
+class CudaContext:
+    def __init__(self, device: int = 0, batch_invariant: bool = False) -> None: ...
+    @property
+    def compute_capability(self) -> int: ...
+    @property
+    def num_multiprocessors(self) -> int: ...
+    @property
+    def cublaslt(self) -> str: ...
+
+Context = CpuContext | CudaContext
+
+class MatmulPlan:
+    def __init__(
+        self,
+        kernel: str,
+        *,
+        shape: int = 0,
+        blocks_per_multiprocessor: int = 0,
+        fuses_norm: bool = False,
+        tiles_ahead: int = 0,
+        rank: int = 0,
+    ) -> None: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def shape(self) -> int: ...
+    @property
+    def blocks_per_multiprocessor(self) -> int: ...
+    @property
+    def fuses_norm(self) -> bool: ...
+    @property
+    def tiles_ahead(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+
+def streaming_shapes() -> list[list[int]]: ...
+def num_normalising_shapes() -> int: ...
+
+class MatmulTimer:
+    def __init__(
+        self, ctx: CudaContext, matrices: Sequence[tuple[str, int, int]], max_rows: int
+    ) -> None: ...
+    def plans(self, rows: int) -> list[MatmulPlan]: ...
+    def milliseconds(
+        self, rows: int, plans: Sequence[MatmulPlan], passes: int, repetitions: int
+    ) -> list[float]: ...
+    def read_milliseconds(self, passes: int, repetitions: int) -> list[float]: ...
+    @property
+    def weight_bytes(self) -> int: ...
+
+# Row of the logits, parameters, prompt, output so far, seed, number of the sample; None: padding.
+SampledRow = tuple[int, SamplingParams, Sequence[int], Sequence[int], int, int] | None
+
+def cuda_sample(
+    ctx: CudaContext,
+    logits: Floats,
+    rows: Sequence[SampledRow],
+    eos_token_ids: Sequence[int],
+) -> list[tuple[int, int, Logprobs | None]]: ...
+def cuda_logprobs(
+    ctx: CudaContext, logits: Floats, tokens: npt.ArrayLike, k: int
+) -> list[Logprobs]: ...
+def cuda_feed_tokens(
+    ctx: CudaContext, sampled: npt.ArrayLike, sources: npt.ArrayLike, tokens: npt.ArrayLike
+) -> npt.NDArray[np.int32]: ...
+def upload_and_read_back(
+    ctx: CudaContext, arrays: Sequence[npt.NDArray[np.uint8]], num_threads: int
+) -> list[npt.NDArray[np.uint8]]: ...
+
+# Only emulated.
+def trap_names() -> list[str]: ...
+def run_trap(ctx: CudaContext, name: str, with_mistake: bool) -> bool: ...
+
 class _Ops:
     """tinyvllm._core.ops: a module there, to be used through its attributes."""
 
     @staticmethod
-    def gather_rows(ctx: CpuContext, rows: npt.ArrayLike, table: Tensor) -> Floats: ...
+    def gather_rows(ctx: Context, rows: npt.ArrayLike, table: Tensor) -> Floats: ...
     @staticmethod
     def rms_norm(
-        ctx: CpuContext, x: Floats, weight: Floats, eps: float, dtype: str = "float32"
+        ctx: Context, x: Floats, weight: Floats, eps: float, dtype: str = "float32"
     ) -> Tensor: ...
     @staticmethod
-    def add_rms_norm(
-        ctx: CpuContext,
-        residual: Floats,
-        x: Floats,
-        weight: Floats,
-        eps: float,
-        dtype: str = "float32",
-    ) -> tuple[Floats, Tensor]: ...
-    @staticmethod
     def matmul(
-        ctx: CpuContext,
+        ctx: Context,
         x: Tensor,
         blocks: Sequence[Tensor],
         biases: Sequence[Floats | None] = [],
+        out_dtype: str = "float32",
+    ) -> Tensor: ...
+    @staticmethod
+    def matmul_add(
+        ctx: Context,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        residual: Floats,
+        biases: Sequence[Floats | None] = [],
     ) -> Floats: ...
     @staticmethod
-    def silu_mul(ctx: CpuContext, gate_up: Floats, dtype: str = "float32") -> Tensor: ...
+    def norm_matmul(
+        ctx: Context,
+        x: Floats,
+        norm: Floats,
+        eps: float,
+        blocks: Sequence[Tensor],
+        dtype: str = "float32",
+        biases: Sequence[Floats | None] = [],
+        out_dtype: str = "float32",
+    ) -> Tensor: ...
+    @staticmethod
+    def norm_swiglu(
+        ctx: Context,
+        x: Floats,
+        norm: Floats,
+        eps: float,
+        blocks: Sequence[Tensor],
+        dtype: str = "float32",
+        biases: Sequence[Floats | None] = [],
+    ) -> Tensor: ...
+    @staticmethod
+    def matmul_by_plan(
+        ctx: CudaContext,
+        plan: MatmulPlan,
+        use: str,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        biases: Sequence[Floats | None] = [],
+        norm: Floats | None = None,
+        eps: float = 0.0,
+        residual: Floats | None = None,
+        out_dtype: str = "float32",
+    ) -> Tensor: ...
+    @staticmethod
+    def silu_mul(ctx: Context, gate_up: Tensor, dtype: str = "float32") -> Tensor: ...
     @staticmethod
     def rope_angles(
-        ctx: CpuContext, positions: npt.ArrayLike, inverse_frequencies: Floats, scale: float = 1.0
+        ctx: Context, positions: npt.ArrayLike, inverse_frequencies: Floats, scale: float = 1.0
     ) -> Floats: ...
     @staticmethod
     def qk_norm_rope_and_cache(
-        ctx: CpuContext,
-        qkv: Floats,
+        ctx: Context,
+        qkv: Tensor,
         num_heads: int,
         q_norm: Floats | None,
         k_norm: Floats | None,
@@ -183,10 +307,12 @@ class _Ops:
         slots: npt.ArrayLike,
         keys: Tensor,
         values: Tensor,
-    ) -> Floats: ...
+    ) -> Tensor: ...
+    @staticmethod
+    def copy_blocks(ctx: Context, pool: Tensor, copies: Sequence[tuple[int, int]]) -> Tensor: ...
     @staticmethod
     def paged_attention(
-        ctx: CpuContext,
+        ctx: Context,
         q: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -195,6 +321,7 @@ class _Ops:
         window: int = 0,
         scale: float = 1.0,
         dtype: str = "float32",
+        as_chunks: bool = False,
     ) -> Tensor: ...
 
 ops: _Ops

@@ -123,6 +123,11 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
     return shapes
 
 
+def checkpoint_bytes(config: Config, dtype: str = "bfloat16") -> int:
+    """The size of the weights that write_checkpoint writes."""
+    return sum(_num_bytes(shape, dtype) for shape in tensor_shapes(config).values())
+
+
 # --- The values ---------------------------------------------------------------------------------
 
 

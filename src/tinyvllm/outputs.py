@@ -18,6 +18,12 @@ class Logprob:
 TokenLogprobs = dict[int, Logprob]  # of one position: the token that was taken, and the best k
 
 
+def best_logprobs(entries: TokenLogprobs, k: int | None) -> list[tuple[int, Logprob]]:
+    """The best k of the position; the token that was taken is among them only if it is one."""
+    ranked = sorted(entries.items(), key=lambda item: (-item[1].logprob, item[0]))
+    return ranked[: k or 0]
+
+
 @dataclass
 class CompletionOutput:
     """One continuation of one prompt."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinyvllm import _core, generation_config
 from tinyvllm.chat_template import Message
-from tinyvllm.errors import DeviceError, InvalidRequestError
+from tinyvllm.errors import InvalidRequestError
 from tinyvllm.model_lookup import find_model
 from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
@@ -56,12 +56,16 @@ class TextEngine:
     """A loaded model. `close()` gives its memory back. For one thread at a time.
 
     model: a checkpoint directory, or the name of a hub model, `org/name[@revision]`.
+    device: cpu, cuda, or auto: a GPU if this build and this machine have one, else the CPU.
     dtype: auto, bfloat16 or float32. auto: float32 for float32 files, else bfloat16.
     max_model_len: tokens of prompt and output together; None: the smaller of the model's own and
         what the KV cache holds.
     kv_cache_memory_bytes, num_gpu_blocks_override: the size of the KV cache, in bytes or in blocks
         of block_size tokens (on any device).
     num_threads: None: one for each physical core that this process may use.
+    gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and all else together.
+    enforce_eager: no CUDA graphs; the results are the same bits.
+    batch_invariant: on a GPU, too, a request's bits are the same in every batch; slower.
     seed: what requests without a seed get theirs from. None: drawn at random; see `seed`.
     generation_config: auto (the model's), none, or the path of a generation_config.json.
     load_format: auto, or dummy: seeded random weights in the shape of the model's config.json.
@@ -97,7 +101,6 @@ class TextEngine:
         **other: Any,
     ) -> None:
         _refuse_unknown(other)
-        _require_cpu(device)
         if load_format not in ("auto", "dummy"):
             raise InvalidRequestError(f'load_format is "{load_format}"; it must be auto or dummy.')
         if batching not in ("continuous", "static"):
@@ -136,6 +139,10 @@ class TextEngine:
             static_batching=batching == "static",
             eos_token_ids=self._eos_token_ids(),
             trace=trace,
+            device=device,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+            batch_invariant=batch_invariant,
         )
         self._lap("weights", began)
 
@@ -293,14 +300,6 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
         known = [*inspect.signature(TextEngine).parameters, *_NEUTRAL]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise TypeError(f"There is no argument '{name}'; the nearest is '{nearest}'.")
-
-
-def _require_cpu(device: str) -> None:
-    if device in ("auto", "cpu"):
-        return
-    if device == "cuda":
-        raise DeviceError("device cuda: this build has the CPU engine only. Use --device cpu.")
-    raise InvalidRequestError(f'device is "{device}"; it must be auto, cpu or cuda.')
 
 
 def _sampling_defaults(directory: Path, choice: str) -> generation_config.SamplingDefaults:

@@ -1,17 +1,43 @@
-"""Fixtures of the op tests: every set of kernels that this machine can run, and seeded numbers."""
+"""Fixtures of the op tests: every device and set of kernels that there is, and seeded numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from devices import Device, cpu, cuda, has_cuda, is_cuda
 from tinyvllm import _core
 
+# Ops that run on the CPU only, and on CUDA only.
+CPU_ONLY = {"test_paged_attention"}
+CUDA_ONLY = {"test_matmul_cuda", "test_paged_attention_cuda", "test_sample_cuda"}
 
-@pytest.fixture(scope="session", params=_core.supported_isas())
-def device(request: pytest.FixtureRequest) -> _core.CpuContext:
-    """A context on two threads, once for each instruction set."""
-    return _core.CpuContext(2, request.param)
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test with `device` once for each instruction set of the CPU, and once on CUDA.
+
+    One with `cpu_device` is about the kernels of the CPU alone.
+    """
+    module = metafunc.module.__name__
+    names = [] if module in CUDA_ONLY else list(_core.supported_isas())
+    if "cpu_device" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_device", names, indirect=True)
+    if "device" in metafunc.fixturenames:
+        if has_cuda() and module not in CPU_ONLY:
+            names.append("cuda")
+        metafunc.parametrize("device", names, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Device:
+    """A context: two threads on the CPU, or CUDA."""
+    return cuda() if request.param == "cuda" else cpu(request.param, 2)
+
+
+@pytest.fixture
+def cpu_device(request: pytest.FixtureRequest) -> Device:
+    """A context of two threads."""
+    return cpu(request.param, 2)
 
 
 @pytest.fixture
@@ -20,6 +46,6 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(params=[1, 2, 4])
-def other_device(request: pytest.FixtureRequest, device: _core.CpuContext) -> _core.CpuContext:
-    """The same kernels as `device` on another number of threads."""
-    return _core.CpuContext(request.param, device.isa)
+def other_device(request: pytest.FixtureRequest, device: Device) -> Device:
+    """The same kernels as `device` on another number of threads, or another context on CUDA."""
+    return cuda(1) if is_cuda(device) else cpu(device.isa, request.param)

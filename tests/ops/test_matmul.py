@@ -129,16 +129,16 @@ LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
 @pairs
 @pytest.mark.parametrize("depth", [3, 64, 101])
 def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
+    cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
 ) -> None:
     x = random(rng, (3, depth), x_dtype)
     w = random(rng, (13, depth), w_dtype)
     bias = cast(rng.standard_normal(13), "float32")
-    lanes = LANES[device.isa]
+    lanes = LANES[cpu_device.isa]
     # One step of k fills the lanes; the instruction for pairs of bfloat16 adds two in each, the
     # second of the pair first.
-    pair = 2 if (device.isa, x_dtype, w_dtype) == ("avx512bf16", "bfloat16", "bfloat16") else 1
-    multiply_add = multiply_then_add if device.isa == "portable" else fused_multiply_add
+    pair = 2 if (x_dtype, w_dtype) == ("bfloat16", "bfloat16") else 1
+    multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
 
     padding = [(0, 0), (0, -depth % (lanes * pair))]
     wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(3, 1, -1, lanes, pair)
@@ -150,7 +150,7 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
                 wide_x[:, :, step, :, element], wide_w[:, :, step, :, element], sums
             )
     want = tree_sum(sums) + bias
-    assert same_bits(ops.matmul(device, x, [w], [bias]), want)
+    assert same_bits(ops.matmul(cpu_device, x, [w], [bias]), want)
 
 
 @pairs

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against float64."""
+"""rms_norm against float64."""
 
 from __future__ import annotations
 
@@ -64,17 +64,6 @@ def test_bfloat16_output_is_the_float32_output_rounded(
     exact = ops.rms_norm(device, x, weight, 1e-5)
     got = ops.rms_norm(device, x, weight, 1e-5, dtype="bfloat16")
     assert same_bits(got, to_bfloat16(exact))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
-def test_add_rms_norm_adds_in_place_and_normalises_the_sum(
-    device: Any, rng: np.random.Generator, tokens: int, hidden: int, dtype: str
-) -> None:
-    residual, x, weight = some(rng, tokens, hidden), some(rng, tokens, hidden), some(rng, hidden)
-    total, normalized = ops.add_rms_norm(device, residual, x, weight, 1e-5, dtype=dtype)
-    assert same_bits(total, residual + x)
-    assert same_bits(normalized, ops.rms_norm(device, residual + x, weight, 1e-5, dtype=dtype))
 
 
 @pytest.mark.parametrize("hidden", [5, 577])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from devices import is_cuda
 from numeric import Array, cast, poison, relative_error, same_bits, to_bfloat16, widen
 from tinyvllm import _core
 
@@ -30,7 +31,8 @@ def test_angles_are_a_float32_product_and_no_better(
     angle = widen(np.float32(positions)[:, None] * inverse)  # rounded to float32, then exact
     want = scale * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
     got = ops.rope_angles(device, positions.astype(np.int32), inverse, scale)
-    assert relative_error(got, want, scale) < 1.5e-7
+    # CUDA's own cosf and sinf are right to two last bits, those of the C library to one.
+    assert relative_error(got, want, scale) < (2.5e-7 if is_cuda(device) else 1.5e-7)
 
 
 def test_angles_do_not_depend_on_the_batch(device: Any, other_device: Any) -> None:

@@ -3,6 +3,7 @@
 #include "ops/cpu/kernels.h"
 
 #include "ops/cpu/attention_kernel.h"
+#include "ops/cpu/limits_kernel.h"
 #include "ops/cpu/matmul_kernel.h"
 #include "ops/cpu/row_kernels.h"
 
@@ -22,10 +23,11 @@ const Kernels kKernels = {
     .attention_merge = &attention_merge,
     .divide = &divide,
     .rms_norm = &rms_norm,
-    .add = &add,
     .silu_mul = &silu_mul,
     .to_bfloat16 = &convert_to_bfloat16,
     .to_float = &convert_to_float,
+    .read = &read,
+    .multiply_registers = &multiply_registers,
 };
 
 }  // namespace tinyvllm::TINYVLLM_ISA

@@ -11,10 +11,12 @@
 
 namespace tinyvllm {
 
-// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k]
+// out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or += where `accumulate` says so.
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
-// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch.
+// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch. The
+// rows of x are used where they lie; where they lie a multiple of 4 KiB apart they compete for the
+// same lines of the L1 cache, which costs some speed.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart
@@ -23,6 +25,7 @@ struct MatmulShare {
   const float* bias;  // [num_outputs], or null
   float* out;         // [num_rows, num_outputs], rows out_stride elements apart
   std::int64_t out_stride;
+  bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
 };
 
@@ -99,12 +102,16 @@ struct Kernels {
 
   // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t size, float* out);
-  // x[i] += y[i]
-  void (*add)(float* x, const float* y, std::int64_t size);
   // out[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(const float* gate, const float* up, std::int64_t size, float* out);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
+
+  // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
+  std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
+  // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
+  // operands [64]. Returns the number of floating-point operations and puts their sum into *result.
+  double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
 
 // The table of the named set; throws InvalidRequestError where this build or this CPU lacks it.

@@ -1,5 +1,11 @@
 // The micro-kernel of y = x W^T, both operands contiguous along the depth (k): dot products in a
 // tile of registers. See MatmulShare in kernels.h for what it computes and in which order it adds.
+//
+// The weights come from main memory, or at best from the L3 cache, and are read once for all rows
+// of x that fit the L2 cache. Two things make that fast (docs/performance-cpu.md has the numbers):
+// the outputs of a tile lie a run of rows apart, so that each is a long contiguous stream, which
+// the hardware prefetches across pages; and where a tile's weights are used again for more rows of
+// x, the next ones are prefetched meanwhile.
 #pragma once
 
 #include "ops/cpu/kernels.h"
@@ -7,101 +13,189 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
-// How a pair of element types is loaded and multiplied. kStep: elements of k that one step
-// consumes.
+// How a pair of element types is loaded and multiplied. A step consumes kStep elements of k, in
+// kParts vectors.
 template <typename X, typename W>
 struct Product {
-  static constexpr int kStep = kLanes;
-  TINYVLLM_INLINE static Float load_x(const X* p) { return load(p); }
-  TINYVLLM_INLINE static Float load_w(const W* p) { return load(p); }
+  static constexpr int kStep = kLanes, kParts = 1;
+  TINYVLLM_INLINE static Float load_x(const X* p, int) { return load(p); }
+  TINYVLLM_INLINE static Float load_w(const W* p, int) { return load(p); }
   TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
     return multiply_add(x, w, sum);
   }
 };
 
 #if defined(__AVX512BF16__)
-// vdpbf16ps: lane i adds x[2i] w[2i] + x[2i+1] w[2i+1] in float32.
+// vdpbf16ps: lane i adds x[2i+1] w[2i+1] and then x[2i] w[2i] in float32.
 template <>
 struct Product<BFloat16, BFloat16> {
-  static constexpr int kStep = 2 * kLanes;
-  TINYVLLM_INLINE static __m512bh load_x(const BFloat16* p) {
+  static constexpr int kStep = 2 * kLanes, kParts = 1;
+  TINYVLLM_INLINE static __m512bh load_x(const BFloat16* p, int) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
   }
-  TINYVLLM_INLINE static __m512bh load_w(const BFloat16* p) { return load_x(p); }
+  TINYVLLM_INLINE static __m512bh load_w(const BFloat16* p, int) { return load_x(p, 0); }
   TINYVLLM_INLINE static Float accumulate(Float sum, __m512bh x, __m512bh w) {
     return _mm512_dpbf16_ps(sum, x, w);
   }
 };
+#else
+// The same order, one half of the pairs at a time: a bfloat16 in the high half of 32 bits is the
+// float32, once the low half is cleared.
+template <>
+struct Product<BFloat16, BFloat16> {
+  static constexpr int kStep = 2 * kLanes, kParts = 2;
+  TINYVLLM_INLINE static Float load_x(const BFloat16* p, int part) {
+    UInt pairs;
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    const UInt half = part == 0 ? pairs & 0xffff0000u : pairs << 16;
+    return reinterpret_cast<Float>(half);
+  }
+  TINYVLLM_INLINE static Float load_w(const BFloat16* p, int part) { return load_x(p, part); }
+  TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
+    return multiply_add(x, w, sum);
+  }
+};
 #endif
 
-// Registers: kTileRows x kTileOutputs accumulators, one vector of weights for each output, one of
-// x.
+// Registers: kTileRows x kTileOutputs sums, a vector of each row of x and one of weights.
+inline constexpr int kTileOutputs = 4;
 #if defined(__AVX512F__)
-inline constexpr int kTileRows = 4, kTileOutputs = 6;  // of 32
+inline constexpr int kTileRows = 6;  // 31 of 32 registers
 #else
-inline constexpr int kTileRows = 2, kTileOutputs = 4;  // of 16
+inline constexpr int kTileRows = 3;  // 16 of 16
 #endif
+
+// What a tile of the rows of x is multiplied with: kTileOutputs rows of the weight that lie
+// `run` rows apart, at the share's output n.
+struct Group {
+  std::int64_t n, run;
+};
+
+// Where a tile prefetches while it computes: two streams, each as long as a row of the weight.
+struct Prefetch {
+  const char *first, *second;
+};
+
+TINYVLLM_INLINE void prefetch_to_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int kRows, int kOutputs, typename X, typename W>
 TINYVLLM_INLINE void add_step(Float (&sums)[kRows][kOutputs], const X* x, std::int64_t x_stride,
                               const W* weight, std::int64_t weight_stride) {
   using P = Product<X, W>;
-  decltype(P::load_w(weight)) w[kOutputs];
+#pragma GCC unroll 2
+  for (int part = 0; part < P::kParts; ++part) {
+    decltype(P::load_x(x, part)) rows[kRows];
 #pragma GCC unroll 8
-  for (int n = 0; n < kOutputs; ++n) w[n] = P::load_w(weight + n * weight_stride);
+    for (int m = 0; m < kRows; ++m) rows[m] = P::load_x(x + m * x_stride, part);
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    const auto row = P::load_x(x + m * x_stride);
+    for (int n = 0; n < kOutputs; ++n) {
+      const auto w = P::load_w(weight + n * weight_stride, part);
 #pragma GCC unroll 8
-    for (int n = 0; n < kOutputs; ++n) sums[m][n] = P::accumulate(sums[m][n], row, w[n]);
+      for (int m = 0; m < kRows; ++m) sums[m][n] = P::accumulate(sums[m][n], rows[m], w);
+    }
   }
 }
 
-// The outputs [kRows, kOutputs] at row m and output n of the share.
-template <int kRows, int kOutputs, typename X, typename W>
-TINYVLLM_INLINE void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, std::int64_t n) {
+// The outputs [kRows, kOutputs] at row m of the share and of one group.
+template <int kRows, int kOutputs, bool kPrefetch, typename X, typename W>
+void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Prefetch prefetch) {
   constexpr int kStep = Product<X, W>::kStep;
   const X* x = share.x + m * share.x_stride;
-  const W* weight = share.weight + n * share.depth;
+  const W* weight = share.weight + group.n * share.depth;
+  const std::int64_t weight_stride = group.run * share.depth;
   Float sums[kRows][kOutputs] = {};
   std::int64_t k = 0;
   for (; k + kStep <= share.depth; k += kStep) {
-    add_step<kRows, kOutputs>(sums, x + k, share.x_stride, weight + k, share.depth);
+    if constexpr (kPrefetch) {
+      prefetch_to_l2(prefetch.first + k * static_cast<std::int64_t>(sizeof(W)));
+      prefetch_to_l2(prefetch.second + k * static_cast<std::int64_t>(sizeof(W)));
+    }
+    add_step<kRows, kOutputs>(sums, x + k, share.x_stride, weight + k, weight_stride);
   }
   if (k < share.depth) {  // the last, partial step: padded with zeros, which add nothing
     X x_padded[kRows][kStep] = {};
     W weight_padded[kOutputs][kStep] = {};
     for (std::int64_t i = 0; k + i < share.depth; ++i) {
       for (int row = 0; row < kRows; ++row) x_padded[row][i] = x[row * share.x_stride + k + i];
-      for (int o = 0; o < kOutputs; ++o) weight_padded[o][i] = weight[o * share.depth + k + i];
+      for (int o = 0; o < kOutputs; ++o) weight_padded[o][i] = weight[o * weight_stride + k + i];
     }
     add_step<kRows, kOutputs>(sums, &x_padded[0][0], kStep, &weight_padded[0][0], kStep);
   }
+#pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
+    float* out = share.out + (m + row) * share.out_stride + group.n;
+    const float* bias = share.bias ? share.bias + group.n : nullptr;
+    Float4 totals;
+    if constexpr (kOutputs == 4) {
+      totals = horizontal_sums(sums[row][0], sums[row][1], sums[row][2], sums[row][3]);
+    } else {
+      totals[0] = horizontal_sum(sums[row][0]);
+    }
+#pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) {
-      const float bias = share.bias ? share.bias[n + o] : 0.0f;
-      share.out[(m + row) * share.out_stride + n + o] = horizontal_sum(sums[row][o]) + bias;
+      const std::int64_t n = o * group.run;
+      const float total = totals[o] + (bias ? bias[n] : 0.0f);
+      out[n] = share.accumulate ? out[n] + total : total;
     }
   }
 }
 
-// All rows against kOutputs rows of the weight, which stay in the L1 cache meanwhile.
-template <int kOutputs, typename X, typename W>
-TINYVLLM_INLINE void matmul_strip(const MatmulShare<X, W>& share, std::int64_t n) {
-  std::int64_t m = 0;
-  for (; m + kTileRows <= share.num_rows; m += kTileRows) {
-    matmul_tile<kTileRows, kOutputs>(share, m, n);
+template <int kRows, int kOutputs, bool kPrefetch, typename X, typename W>
+void matmul_tile_of(std::int64_t rows, const MatmulShare<X, W>& share, std::int64_t m, Group group,
+                    Prefetch prefetch) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return matmul_tile_of<kRows - 1, kOutputs, kPrefetch>(rows, share, m, group, prefetch);
+    }
   }
-  for (; m < share.num_rows; ++m) matmul_tile<1, kOutputs>(share, m, n);
+  matmul_tile<kRows, kOutputs, kPrefetch>(share, m, group, prefetch);
 }
+
+// Rows m to m + num_rows against one group. The rows are cut into tiles that are as equal as can
+// be; between them, these prefetch the kOutputs rows of weights at `next`.
+template <int kOutputs, typename X, typename W>
+void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, std::int64_t num_rows,
+                  Group group, const W* next) {
+  const std::int64_t tiles = (num_rows + kTileRows - 1) / kTileRows;
+  const auto cut = [&](std::int64_t parts, std::int64_t tile) { return parts * tile / tiles; };
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    const std::int64_t first = cut(num_rows, tile), last = cut(num_rows, tile + 1);
+    const std::int64_t begin = cut(kOutputs, tile), end = cut(kOutputs, tile + 1);
+    if (tiles > 1 && begin < end && next != nullptr) {
+      const auto row = [&](std::int64_t output) {
+        return reinterpret_cast<const char*>(next + output * group.run * share.depth);
+      };
+      matmul_tile_of<kTileRows, kOutputs, true>(last - first, share, m + first, group,
+                                                {row(begin), row(end - 1)});
+    } else {
+      matmul_tile_of<kTileRows, kOutputs, false>(last - first, share, m + first, group, {});
+    }
+  }
+}
+
+// Rows of x that stay in a core's L2 cache while the weights stream past them.
+inline constexpr std::int64_t kCacheBytes = 512 * 1024;
 
 template <typename X, typename W>
 void matmul(const MatmulShare<X, W>& share) {
-  std::int64_t n = 0;
-  for (; n + kTileOutputs <= share.num_outputs; n += kTileOutputs) {
-    matmul_strip<kTileOutputs>(share, n);
+  const std::int64_t row_bytes = share.depth * static_cast<std::int64_t>(sizeof(X));
+  std::int64_t most_rows = kCacheBytes / row_bytes;
+  if (most_rows < 2 * kTileRows) most_rows = 2 * kTileRows;
+  const std::int64_t blocks = (share.num_rows + most_rows - 1) / most_rows;
+  const std::int64_t run = share.num_outputs / kTileOutputs;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t m = share.num_rows * block / blocks;
+    const std::int64_t rows = share.num_rows * (block + 1) / blocks - m;
+    for (std::int64_t n = 0; n < run; ++n) {
+      const W* next = n + 1 < run          ? share.weight + (n + 1) * share.depth
+                      : block + 1 < blocks ? share.weight
+                                           : nullptr;
+      matmul_group<kTileOutputs>(share, m, rows, {n, run}, next);
+    }
+    for (std::int64_t n = run * kTileOutputs; n < share.num_outputs; ++n) {
+      matmul_group<1>(share, m, rows, {n, 0}, static_cast<const W*>(nullptr));
+    }
   }
-  for (; n < share.num_outputs; ++n) matmul_strip<1>(share, n);
 }
 
 }  // namespace tinyvllm::TINYVLLM_ISA

@@ -25,10 +25,6 @@ inline void rms_norm(const float* x, const float* weight, float eps, std::int64_
   }
 }
 
-inline void add(float* x, const float* y, std::int64_t size) {
-  for (std::int64_t i = 0; i < size; ++i) x[i] += y[i];
-}
-
 inline void divide(const float* sums, float total, std::int64_t size, float* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = sums[i] / total;
 }

@@ -16,11 +16,25 @@ import traceback
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from tinyvllm.cli.terminal import Stopped, handle_signals
 from tinyvllm.errors import TinyvllmError
 
-_COMMANDS = {"generate": "Continue prompts, or answer them."}
+# Title -> command -> what it does. `run-batch` is `command` in the module run_batch, and so on.
+_GROUPS = {
+    "Use a model": {
+        "generate": "Continue prompts, or answer them.",
+        "chat": "Talk with a model in the terminal.",
+        "run-batch": "Answer a file of requests (OpenAI's batch format).",
+    },
+    "Look and measure": {
+        "inspect": "What is in a model, and whether it will fit.",
+        "bench": "Measure latency and throughput.",
+        "env": "Versions, CPU and GPU features: what a bug report needs.",
+    },
+}
+_COMMANDS = {name: help for group in _GROUPS.values() for name, help in group.items()}
 
 
 class _Commands(click.Group):
@@ -32,12 +46,23 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"tinyvllm.cli.{name}").command
+        module = import_module(f"tinyvllm.cli.{name.replace('-', '_')}")
+        command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+        width = max(map(len, _COMMANDS))  # the groups' columns stand under each other
+        for title, commands in _GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, text in commands.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """click's own would import every command for its help."""
+        names = [name for name in _COMMANDS if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=_COMMANDS[name]) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -48,7 +73,26 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_EPILOG = """\b
+Examples:
+  tinyvllm generate --prompt "Tell me a story about a brave fox"
+  tinyvllm chat --model DIR
+  tinyvllm bench latency --model llama-3.2-1b
+
+\b
+Completion of commands and options with the Tab key:
+  bash, in ~/.bashrc:  eval "$(_TINYVLLM_COMPLETE=bash_source tinyvllm)"
+  zsh, in ~/.zshrc:    eval "$(_TINYVLLM_COMPLETE=zsh_source tinyvllm)"
+  fish, in ~/.config/fish/config.fish:
+    _TINYVLLM_COMPLETE=fish_source tinyvllm | source
+"""
+
+
+@click.command(
+    cls=_Commands,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--version",
     is_flag=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 from tinyvllm.cli.terminal import Output, hold_signals
 from tinyvllm.llm import LLM
-from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta
+from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, best_logprobs
 from tinyvllm.sampling_params import SamplingParams
 
 SCHEMA = 1  # of --json and --jsonl; it changes when a key changes its meaning
@@ -20,6 +20,24 @@ SCHEMA = 1  # of --json and --jsonl; it changes when a key changes its meaning
 def note(line: str) -> None:
     if sys.stderr is not None:
         print(f"tinyvllm: {line}", file=sys.stderr)
+
+
+def notes(llm: LLM, asked_model_len: int | None) -> list[str]:
+    """What the user should know before the answer."""
+    info = llm.stats()
+    lines = [*info["warnings"], *llm.sampling_defaults().warnings]
+    if info["checkpoint_dtype"] == "float16" and info["dtype"] == "bfloat16":
+        lines.append(
+            "the weights are float16 and are rounded to bfloat16 (3 bits less); "
+            "--dtype float32 keeps them exact"
+        )
+    own = info["model_max_position_embeddings"]
+    if asked_model_len is None and info["max_model_len"] < own:
+        lines.append(
+            f"prompt and output may have {info['max_model_len']} tokens, which is what the KV "
+            f"cache holds; the model's own limit is {own}"
+        )
+    return lines
 
 
 @dataclass
@@ -59,7 +77,6 @@ class Report:
         self._model = options["model"] or "bundled"
         self._json, self._jsonl = options["as_json"], options["as_jsonl"]
         self._stream = options["stream"]
-        self._asked_model_len = options["max_model_len"]
         self._answers = [Answer() for _ in prompts]
         self._first_open = 0  # text is printed in the order of the prompts
         self._began = time.perf_counter()
@@ -157,30 +174,10 @@ class Report:
         }
         if output.logprobs is not None:
             result["cumulative_logprob"] = output.cumulative_logprob
-            result["logprobs"] = [
-                {**_logprob(token, entries[token]), "top": _best(entries, self._sampling.logprobs)}
-                for token, entries in zip(output.token_ids, output.logprobs, strict=True)
-            ]
+            result["logprobs"] = logprobs_of(output, self._sampling.logprobs)
         return result
 
     # --- stderr -----------------------------------------------------------------------------------
-
-    def notes(self) -> list[str]:
-        """What the user should know before the answer."""
-        info = self._llm.stats()
-        lines = [*info["warnings"], *self._llm.sampling_defaults().warnings]
-        if info["checkpoint_dtype"] == "float16" and info["dtype"] == "bfloat16":
-            lines.append(
-                "the weights are float16 and are rounded to bfloat16 (3 bits less); "
-                "--dtype float32 keeps them exact"
-            )
-        own = info["model_max_position_embeddings"]
-        if self._asked_model_len is None and info["max_model_len"] < own:
-            lines.append(
-                f"prompt and output may have {info['max_model_len']} tokens, which is what the KV "
-                f"cache holds; the model's own limit is {own}"
-            )
-        return lines
 
     def stats(self) -> list[str]:
         info, times = self._llm.stats(), self._times()
@@ -234,6 +231,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def logprobs_of(output: CompletionOutput, num_best: int | None) -> list[dict[str, Any]] | None:
+    """Each token of the output, with the best ones of its position; None if nobody asked."""
+    if output.logprobs is None:
+        return None
+    return [
+        {
+            **_logprob(token, entries[token]),
+            "top": [_logprob(*entry) for entry in best_logprobs(entries, num_best)],
+        }
+        for token, entries in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+
+
 def _logprob(token: int, entry: Logprob) -> dict[str, Any]:
     return {
         "token_id": token,
@@ -241,12 +251,6 @@ def _logprob(token: int, entry: Logprob) -> dict[str, Any]:
         "logprob": entry.logprob,
         "rank": entry.rank,
     }
-
-
-def _best(entries: dict[int, Logprob], k: int | None) -> list[dict[str, Any]]:
-    """The best k of the position; the token that was taken is among them only if it is one."""
-    ranked = sorted(entries.items(), key=lambda item: (-item[1].logprob, item[0]))
-    return [_logprob(token, entry) for token, entry in ranked[: k or 0]]
 
 
 def _process_age() -> float | None:

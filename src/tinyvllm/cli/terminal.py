@@ -54,6 +54,42 @@ def _stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(128 + number)
 
 
+class Interrupts:
+    """Whether SIGINT (Ctrl-C) has come. Who has reacted to it sets `seen` back."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+
+@contextmanager
+def catch_interrupts() -> Iterator[Interrupts]:
+    """SIGINT ends nothing inside: it is seen by who asks."""
+    interrupts = Interrupts()
+
+    def see(number: int, frame: FrameType | None) -> None:
+        interrupts.seen = True
+
+    before = signal.signal(signal.SIGINT, see)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What a terminal obeys instead of showing it: the C0 and C1 controls, and the characters that turn
+# the direction of writing. Line ends and tabs stay; a C0 control shows as its picture.
+_CONTROLS = {
+    **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """Text of a stranger (a model, a file) as a terminal may have it: it cannot drive one."""
+    return text.translate(_CONTROLS)
+
+
 def read_stdin() -> str:
     if sys.stdin is None:
         raise InvalidRequestError("standard input is closed. Give --prompt or --prompt-file.")

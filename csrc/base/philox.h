@@ -10,8 +10,8 @@ namespace tinyvllm {
 inline constexpr std::uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 
 // One round on the counter (a, b, c, d).
-inline void philox_round(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d,
-                         std::uint32_t key0, std::uint32_t key1) {
+constexpr void philox_round(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d,
+                            std::uint32_t key0, std::uint32_t key1) {
   const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * a;
   const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c;
   a = static_cast<std::uint32_t>(product1 >> 32) ^ b ^ key0;
@@ -20,8 +20,8 @@ inline void philox_round(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, s
   d = static_cast<std::uint32_t>(product0);
 }
 
-inline std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key,
-                                           std::array<std::uint32_t, 4> counter) {
+constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key,
+                                              std::array<std::uint32_t, 4> counter) {
   for (int round = 0; round < 10; ++round) {
     philox_round(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
     key[0] += kPhiloxWeyl0;

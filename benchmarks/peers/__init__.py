@@ -1,0 +1,1 @@
+"""The engines that the benchmarks compare: one small adapter each, see peer.py."""

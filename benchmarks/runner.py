@@ -1,0 +1,617 @@
+"""Runs rows: the same work on every peer, in turns, checked to be the same, beside the limits.
+
+A benchmark is a list of rows and a call of main(). One row of one run:
+
+1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that is
+   not installed stays in the row, with the reason.
+2. A warm-up, which also yields the tokens that are checked: as many as were asked for, and the same
+   as this engine's up to a near tie. A peer that did other work is refused: no ratio is computed,
+   and the run ends with exit code 1.
+3. Rounds. Each measures the machine's limits and then every peer once; who begins rotates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import results
+from peers.peer import Outcome, TokenIds, Work
+from results import Json
+from roofline import ModelCost
+from tinyvllm import dummy
+from tinyvllm._core import default_num_threads
+from tinyvllm.limits import MachineLimits, measure_limits
+
+ROOT = Path(__file__).parent
+MODELS = ROOT.parent / "build" / "models"
+
+# The largest gap between the likeliest token and another engine's choice, in nats, that is still a
+# matter of rounding. bfloat16 moves the logits of these models, whose standard deviation is 3, by
+# 0.1 (standard deviation) and 0.6 at the most; a token that comes of other work is off by 10.
+NEAR_TIE = 1.0
+
+_TEXT = "The quick brown fox said that it had seen all of the old town at least once before."
+
+
+class DifferentWorkError(Exception):
+    """A peer did not do what the others did."""
+
+
+class PeerError(Exception):
+    """A peer is not installed or does not run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerSpec:
+    """Who is compared: an adapter module, and how the file is called that it reads."""
+
+    name: str
+    module: str
+    suffix: str = ""  # appended to the checkpoint's path; "" where it is read as it is
+    python: str = sys.executable
+
+
+PEERS = {
+    "tinyvllm": PeerSpec("tinyvllm", "peers.tinyvllm"),
+    "llama.cpp": PeerSpec("llama.cpp", "peers.llama_cpp", ".gguf"),
+    "openvino": PeerSpec("openvino", "peers.openvino_genai", ".openvino"),
+    "transformers": PeerSpec("transformers", "peers.transformers"),
+    "ctranslate2": PeerSpec("ctranslate2", "peers.ctranslate2", ".ct2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    measures  decode: output tokens after the first, a second
+              prefill: prompt tokens a second until every sequence has its first token
+              throughput: output tokens a second, of all sequences, from start to end
+              start: seconds from the start of the process to the first token, of a prompt of ids
+              start_text: the same of a text, with the tokenizer loaded
+              memory: resident bytes of the process after a decode
+    must      the ratio to the best peer that is asked for
+    """
+
+    name: str
+    what: str
+    model: str
+    measures: str
+    num_prompts: int = 1
+    prompt_len: int = 16
+    max_tokens: int = 64
+    must: float | None = None
+
+    @property
+    def unit(self) -> str:
+        return {"start": "s", "start_text": "s", "memory": "bytes"}.get(self.measures, "tok/s")
+
+    def work(self, vocab_size: int) -> Work:
+        """Random prompts without special tokens, the same for every peer and in every run."""
+        generator = random.Random(0)
+        highest = min(vocab_size, 128_000) - 1
+        prompts = [
+            [generator.randint(min(256, highest // 2), highest) for _ in range(self.prompt_len)]
+            for _ in range(self.num_prompts)
+        ]
+        return Work(prompts, self.max_tokens)
+
+    def value(self, outcome: Outcome) -> float:
+        if self.measures == "decode":
+            steps = self.max_tokens - 1
+            return self.num_prompts * steps / (outcome.seconds - outcome.first_token_seconds)
+        if self.measures == "prefill":
+            return self.num_prompts * self.prompt_len / outcome.first_token_seconds
+        return self.num_prompts * self.max_tokens / outcome.seconds
+
+    def limit(self, cost: ModelCost, limits: MachineLimits) -> float | None:
+        if self.measures == "memory":
+            return float(cost.weight_bytes())
+        if self.unit != "tok/s":
+            return None
+        prefill = cost.prefill_seconds(limits, self.num_prompts, self.prompt_len)
+        steps = self.max_tokens - 1
+        decode = cost.decode_seconds(limits, self.num_prompts, self.prompt_len, steps)
+        if self.measures == "decode":
+            return self.num_prompts * steps / decode
+        if self.measures == "prefill":
+            return self.num_prompts * self.prompt_len / prefill
+        return self.num_prompts * self.max_tokens / (prefill + decode)
+
+
+# --- Peers as processes ---------------------------------------------------------------------------
+
+
+class PeerProcess:
+    """One peer, loaded for one row. A context manager."""
+
+    def __init__(self, spec: PeerSpec, arguments: Sequence[str]) -> None:
+        self.spec = spec
+        self._process = start(spec, ["serve", *arguments])
+        self.version = str(read_answer(spec, self._process.stdout))
+
+    def run(self, work: Work) -> Outcome:
+        answer = self._ask(dataclasses.asdict(work))
+        return Outcome(**answer)
+
+    def near_misses(self, prompts: list[TokenIds], tokens: TokenIds) -> list[float]:
+        gaps: list[float] = self._ask({"near_misses": [prompts, tokens]})
+        return gaps
+
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+
+    def _ask(self, request: Json) -> Json:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerError(f"{self.spec.name}: its process has ended") from None
+        answer: Json = read_answer(self.spec, self._process.stdout)
+        return answer
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def start(spec: PeerSpec, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [spec.python, "-m", spec.module, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if os.environ.get("TINYVLLM_BENCH_STDERR") else subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def read_answer(spec: PeerSpec, pipe: IO[str] | None) -> object:
+    assert pipe is not None
+    line = pipe.readline()
+    if not line:
+        raise PeerError(
+            f"{spec.name} ended without an answer; TINYVLLM_BENCH_STDERR=1 shows what it says"
+        )
+    answer = json.loads(line)
+    if "ok" in answer:
+        return answer["ok"]
+    raise PeerError(answer.get("missing") or f"failed ({answer['failed']})")
+
+
+# --- Whether it was the same work -----------------------------------------------------------------
+
+
+def check_counts(work: Work, outcome: Outcome) -> None:
+    """Throws DifferentWorkError unless there are exactly the tokens that were asked for."""
+    lengths = [len(tokens) for tokens in outcome.tokens]
+    if lengths != [work.max_tokens] * len(work.prompts):
+        raise DifferentWorkError(
+            f"{len(work.prompts)} sequences of {work.max_tokens} tokens were asked for, "
+            f"{len(lengths)} came, of {min(lengths, default=0)} to {max(lengths, default=0)} tokens"
+        )
+
+
+def check_agreement(
+    work: Work,
+    reference: Outcome,
+    outcome: Outcome,
+    near_misses: Callable[[list[TokenIds], TokenIds], list[float]],
+) -> Json:
+    """Compares greedy tokens with the reference's, up to the first difference in each sequence.
+
+    There the reference says how much less likely the other token is; throws DifferentWorkError
+    where that is more than a near tie. What comes after it continues another text.
+    """
+    prefixes = [
+        next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        for ours, theirs in zip(reference.tokens, outcome.tokens, strict=True)
+    ]
+    differing = [s for s, prefix in enumerate(prefixes) if prefix < work.max_tokens]
+    gaps = []
+    if differing:
+        gaps = near_misses(
+            [work.prompts[s] + reference.tokens[s][: prefixes[s]] for s in differing],
+            [outcome.tokens[s][prefixes[s]] for s in differing],
+        )
+    for s, gap in zip(differing, gaps, strict=True):
+        if gap > NEAR_TIE:
+            raise DifferentWorkError(
+                f"token {prefixes[s]} of sequence {s} is {outcome.tokens[s][prefixes[s]]}, which is "
+                f"{gap:.1f} nats less likely than {reference.tokens[s][prefixes[s]]}; "
+                f"a near tie is {NEAR_TIE:.1f} at the most"
+            )
+    return {
+        "sequences": len(work.prompts),
+        "identical": len(work.prompts) - len(differing),
+        "shortest_common_prefix": min(prefixes),
+        "largest_gap": max(gaps, default=0.0),
+    }
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Column:
+    """What is known of one peer in one row."""
+
+    spec: PeerSpec
+    version: str = ""
+    missing: str = ""
+    refused: str = ""
+    values: list[float] = dataclasses.field(default_factory=list)
+    agreement: Json | None = None
+    output_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """How rows are run. The first of the peers is the one that the others are checked against."""
+
+    models: Path = MODELS
+    peers: Sequence[PeerSpec] = tuple(PEERS.values())
+    num_threads: int = 1
+    rounds: int = 3
+    device: str = "cpu"
+    command: str = ""
+    limits: Callable[[], MachineLimits] | None = None  # measure_limits, unless a test says other
+
+    def checkpoint(self, model: str) -> Path:
+        directory = self.models / model
+        if not (directory / "model.safetensors").exists():
+            print(f"writing seeded random weights: {model}", file=sys.stderr)
+            dummy.write_checkpoint(directory, dummy.NAMED_CONFIGS[model], seed=0)
+        return directory
+
+    def run(self, row: Row) -> Json:
+        checkpoint = self.checkpoint(row.model)
+        columns = [self._prepared(spec, checkpoint, row) for spec in self.peers]
+        config = json.loads((checkpoint / "config.json").read_text())
+        work = row.work(config["vocab_size"])
+        timed_whole = row.measures in ("start", "start_text")
+        limits = (self._time_starts if timed_whole else self._time_work)(
+            row, work, checkpoint, columns
+        )
+        return self._result(row, work, checkpoint, columns, limits)
+
+    def _prepared(self, spec: PeerSpec, checkpoint: Path, row: Row) -> _Column:
+        column = _Column(spec)
+        arguments = ["--checkpoint", str(checkpoint), *self._model_argument(spec, checkpoint)]
+        if row.measures == "start_text":
+            arguments.append("--tokenizer")
+        process = start(spec, ["prepare", *arguments])
+        try:
+            column.version = str(read_answer(spec, process.stdout))
+        except PeerError as error:
+            column.missing = str(error)
+        process.communicate()
+        return column
+
+    def _model_argument(self, spec: PeerSpec, checkpoint: Path) -> list[str]:
+        return ["--model", str(checkpoint.with_name(checkpoint.name + spec.suffix).resolve())]
+
+    def _arguments(self, spec: PeerSpec, checkpoint: Path, row: Row) -> list[str]:
+        room = row.prompt_len + row.max_tokens
+        return [
+            *self._model_argument(spec, checkpoint),
+            *("--num-threads", str(self.num_threads)),
+            *("--max-num-seqs", str(row.num_prompts)),
+            *("--max-model-len", str(-(-room // 256) * 256)),
+            *("--device", self.device),
+        ]
+
+    def _time_work(
+        self, row: Row, work: Work, checkpoint: Path, columns: list[_Column]
+    ) -> list[MachineLimits]:
+        processes: dict[str, PeerProcess] = {}
+        try:
+            for column in columns:
+                if column.missing:
+                    continue
+                try:
+                    processes[column.spec.name] = PeerProcess(
+                        column.spec, self._arguments(column.spec, checkpoint, row)
+                    )
+                except PeerError as error:
+                    column.missing = str(error)
+            self._warm_up(row, work, columns, processes)
+            limits = []
+            for number in range(self.rounds):
+                limits.append(self._limits())
+                for column in _rotated(columns, number):
+                    if column.missing or column.refused:
+                        continue
+                    process = processes[column.spec.name]
+                    outcome = process.run(work)
+                    check_counts(work, outcome)
+                    if row.measures == "memory":
+                        column.values.append(process.resident_bytes())
+                    else:
+                        column.values.append(row.value(outcome))
+            return limits
+        finally:
+            for process in processes.values():
+                process.__exit__(None, None, None)
+
+    def _warm_up(
+        self,
+        row: Row,
+        work: Work,
+        columns: list[_Column],
+        processes: dict[str, PeerProcess],
+    ) -> None:
+        """Runs the work once, untimed, and checks what came of it."""
+        first = columns[0]
+        if first.missing:
+            raise PeerError(
+                f"{first.spec.name}, which the others are checked against, {first.missing}"
+            )
+        reference: Outcome | None = None
+        for column in columns:
+            if column.missing:
+                continue
+            process = processes[column.spec.name]
+            try:
+                outcome = process.run(work)
+                check_counts(work, outcome)
+                column.output_tokens = sum(map(len, outcome.tokens))
+                if reference is None:
+                    reference = outcome
+                else:
+                    column.agreement = check_agreement(
+                        work, reference, outcome, processes[first.spec.name].near_misses
+                    )
+            except DifferentWorkError as error:
+                if column is first:
+                    raise
+                column.refused = str(error)
+            except PeerError as error:
+                column.missing = str(error)
+
+    def _time_starts(
+        self, row: Row, work: Work, checkpoint: Path, columns: list[_Column]
+    ) -> list[MachineLimits]:
+        limits = []
+        expected: TokenIds | None = None
+        given = (
+            ["--text", _TEXT]
+            if row.measures == "start_text"
+            else ["--ids", ",".join(map(str, work.prompts[0]))]
+        )
+        for number in range(-1, self.rounds):  # the first only warms the page cache
+            if number >= 0:
+                limits.append(self._limits())
+            for column in columns if number < 0 else _rotated(columns, number):
+                if column.missing or column.refused:
+                    continue
+                arguments = [*self._arguments(column.spec, checkpoint, row), *given]
+                began = time.perf_counter()
+                process = start(column.spec, ["first-token", *arguments])
+                try:
+                    token_ids = read_answer(column.spec, process.stdout)
+                    seconds = time.perf_counter() - began
+                except PeerError as error:
+                    column.missing = str(error)
+                    continue
+                finally:
+                    process.communicate()
+                assert isinstance(token_ids, list)
+                if expected is None:
+                    expected = token_ids
+                if token_ids[:-1] != expected[:-1]:
+                    column.refused = (
+                        f"its prompt has {len(token_ids) - 1} tokens, not the same "
+                        f"{len(expected) - 1}"
+                    )
+                    continue
+                column.output_tokens = 1
+                column.agreement = {
+                    "sequences": 1,
+                    "identical": int(token_ids == expected),
+                    "shortest_common_prefix": int(token_ids == expected),
+                }
+                if number >= 0:
+                    column.values.append(seconds)
+        return limits
+
+    def _limits(self) -> MachineLimits:
+        return self.limits() if self.limits else measure_limits(self.device, self.num_threads)
+
+    def _result(
+        self,
+        row: Row,
+        work: Work,
+        checkpoint: Path,
+        columns: list[_Column],
+        limits: list[MachineLimits],
+    ) -> Json:
+        cost = ModelCost.of(checkpoint)
+        allowed = [row.limit(cost, each) for each in limits]
+        first = columns[0]
+        smaller_is_better = row.unit != "tok/s"
+        peers: list[Json] = []
+        for column in columns:
+            peer: Json = {"peer": column.spec.name}
+            peers.append(peer)
+            if column.missing:
+                peer["missing"] = column.missing
+                continue
+            peer["version"] = column.version
+            if column.refused:
+                peer["refused"] = column.refused
+                continue
+            ratio = None
+            if column is not first:
+                pairs = zip(first.values, column.values, strict=True)
+                ratio = statistics.median(
+                    theirs / ours if smaller_is_better else ours / theirs for ours, theirs in pairs
+                )
+            share = None
+            if row.unit == "tok/s":
+                share = statistics.median(
+                    value / limit
+                    for value, limit in zip(column.values, allowed, strict=True)
+                    if limit is not None
+                )
+            peer.update(
+                values=column.values,
+                median=statistics.median(column.values),
+                min=min(column.values),
+                max=max(column.values),
+                ratio=ratio,
+                share_of_limit=share,
+                tokens={
+                    "prompt": sum(map(len, work.prompts)),
+                    "output": column.output_tokens,
+                },
+                agreement=column.agreement,
+                refused=None,
+            )
+        known = [limit for limit in allowed if limit is not None]
+        return {
+            "row": row.name,
+            "what": row.what,
+            "model": row.model,
+            "measures": row.measures,
+            "unit": row.unit,
+            **results.provenance(),
+            "machine": results.machine(self.device, self.num_threads),
+            "command": self.command,
+            "must": row.must,
+            "limits": {
+                name: [getattr(each, name) for each in limits]
+                for name in ("read_bandwidth_bytes_per_second", "bf16_flops_per_second")
+            },
+            "limit": statistics.median(known) if known else None,
+            "peers": peers,
+        }
+
+
+def _rotated(columns: list[_Column], number: int) -> list[_Column]:
+    shift = number % len(columns)
+    return columns[shift:] + columns[:shift]
+
+
+# --- The command line of every benchmark ----------------------------------------------------------
+
+
+def parse(description: str, rows: Sequence[Row], peers: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help="names of rows; none: all of them")
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where weights are written")
+    parser.add_argument("--num-threads", type=int, default=default_num_threads())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=list(peers), choices=list(PEERS))
+    parser.add_argument("--peers-python", help="the Python that has the other engines")
+    parser.add_argument("--output", type=Path, help="the JSON; its Markdown is put beside it")
+    arguments = parser.parse_args()
+    unknown = set(arguments.rows) - {row.name for row in rows}
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}. --list prints them.")
+    return arguments
+
+
+def main(
+    description: str,
+    rows: Sequence[Row],
+    peers: Sequence[str],
+    output: Path,
+    device: str = "cpu",
+) -> list[Json]:
+    """Runs the rows that the command line names, prints each as it is done, and writes the files."""
+    arguments = parse(description, rows, peers)
+    if arguments.list:
+        for row in rows:
+            print(f"{row.name:16s} {row.what}")
+        sys.exit(0)
+    path = arguments.output or output
+    specs = [
+        dataclasses.replace(PEERS[name], python=arguments.peers_python)
+        if arguments.peers_python and name != "tinyvllm"
+        else PEERS[name]
+        for name in ["tinyvllm", *(peer for peer in arguments.peers if peer != "tinyvllm")]
+    ]
+    bench = Bench(
+        models=arguments.models,
+        peers=specs,
+        num_threads=arguments.num_threads,
+        rounds=arguments.rounds,
+        device=device,
+        command=_command(arguments.rounds),
+    )
+    refused = False
+    for row in rows:
+        if arguments.rows and row.name not in arguments.rows:
+            continue
+        result = bench.run(row)
+        print_row(result)
+        results.put_row(path, result, [row.name for row in rows])
+        refused = refused or any(peer.get("refused") for peer in result["peers"])
+    all_rows = results.read_rows(path)
+    path.with_suffix(".md").write_text(results.to_markdown(all_rows))
+    if refused:
+        print("error: a peer did other work and was not compared; see above", file=sys.stderr)
+        sys.exit(1)
+    return all_rows
+
+
+def _command(rounds: int) -> str:
+    return shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", "--rounds", str(rounds)])
+
+
+def print_row(row: Json) -> None:
+    limit = results.shown(row["limit"], row["unit"])
+    print(f"{row['row']}: {row['what']}" + (f"; limit {limit}" if limit else ""))
+    for peer in row["peers"]:
+        if "missing" in peer:
+            print(f"  {peer['peer']:13s} did not run: {peer['missing']}")
+            continue
+        if peer["refused"]:
+            print(f"  {peer['peer']:13s} REFUSED: {peer['refused']}")
+            continue
+        low, high = (results.shown(peer[key], row["unit"]) for key in ("min", "max"))
+        line = f"  {peer['peer']:13s} {results.shown(peer['median'], row['unit']):>8s}"
+        line += f"  [{low}, {high}]  {peer['tokens']['output']} tokens"
+        if peer["share_of_limit"] is not None:
+            line += f"  {peer['share_of_limit']:.0%} of the limit"
+        if peer["ratio"] is not None:
+            line += f"  ratio {peer['ratio']:.2f}"
+        if peer["agreement"]:
+            agreement = peer["agreement"]
+            line += f"  same tokens {agreement['identical']}/{agreement['sequences']}"
+            if agreement.get("largest_gap"):
+                line += (
+                    f" (common prefix >= {agreement['shortest_common_prefix']},"
+                    f" gap <= {agreement['largest_gap']:.2f} nats)"
+                )
+        print(line)
+    sys.stdout.flush()

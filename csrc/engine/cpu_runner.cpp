@@ -1,0 +1,114 @@
+#include "engine/cpu_runner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/host.h"
+
+namespace tinyvllm {
+
+CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, int num_threads,
+                     std::int64_t max_tokens, std::int64_t max_draws,
+                     std::vector<std::int32_t> eos_token_ids)
+    : ctx_(num_threads),
+      model_(ctx_, checkpoint.config(), load_weights(ctx_, checkpoint, compute), max_tokens,
+             std::max(max_draws, kPromptLogprobRows)),
+      sampler_(std::move(eos_token_ids)) {}
+
+RunnerInfo CpuRunner::info() const {
+  return {.device = "cpu",
+          .isa = ctx_.kernels().isa,
+          .num_threads = ctx_.num_threads(),
+          .compute = model_.weights().compute,
+          .copied_weight_bytes = model_.weights().copied_bytes};
+}
+
+std::int64_t CpuRunner::kv_cache_budget() const { return available_memory() / 5 * 2; }
+
+void CpuRunner::make_kv_cache(const KvShape& shape) {
+  kv_cache_.emplace(tinyvllm::make_kv_cache(ctx_, shape));
+}
+
+void CpuRunner::launch(const StepPlan& plan) {
+  result_ = {};
+  copy_blocks(ctx_, *kv_cache_, plan.copies);
+  forward(plan);
+  draw(plan.draws);
+  for (std::size_t first = 0; first < plan.prompt_rows.size(); first += kPromptLogprobRows) {
+    const std::span<const PromptRow> rest = std::span(plan.prompt_rows).subspan(first);
+    find_prompt_logprobs(rest.first(std::min<std::size_t>(rest.size(), kPromptLogprobRows)));
+  }
+}
+
+StepResult CpuRunner::collect() { return std::move(result_); }
+
+void CpuRunner::forward(const StepPlan& plan) {
+  tokens_.clear();
+  positions_.clear();
+  slots_.clear();
+  sequences_.clear();
+  const std::int64_t block_size = kv_cache_->shape().block_size;
+  for (const auto& [sequence, num_tokens] : plan.sequences) {
+    const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
+    sequences_.push_back({.first_token = std::ssize(tokens_),
+                          .num_tokens = num_tokens,
+                          .first_position = first,
+                          .block_table = sequence->block_table.data()});
+    for (std::int64_t position = first; position < first + num_tokens; ++position) {
+      tokens_.push_back(sequence->tokens[static_cast<std::size_t>(position)]);
+      positions_.push_back(static_cast<std::int32_t>(position));
+      slots_.push_back(sequence->slot(position, block_size));
+    }
+  }
+  model_.forward(Batch<std::span<const BatchSequence>>{tokens_, positions_, slots_, sequences_},
+                 *kv_cache_);
+}
+
+// Forks draw from the row of the sequence that stands for them: only their sample numbers differ. A
+// row that cannot be sampled is an error of its own draws and of no others.
+void CpuRunner::draw(const std::vector<Draw>& draws) {
+  rows_.clear();
+  for (const Draw& draw : draws) {
+    if (rows_.empty() || rows_.back() != draw.row) rows_.push_back(draw.row);
+  }
+  result_.samples.resize(draws.size());
+  result_.errors.resize(draws.size());
+  if (rows_.empty()) return;
+  const MutTensorView logits = model_.logits(rows_);
+  ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int) {
+    const auto index = static_cast<std::size_t>(i);
+    const Draw& draw = draws[index];
+    const auto row = std::lower_bound(rows_.begin(), rows_.end(), draw.row) - rows_.begin();
+    try {
+      result_.samples[index] =
+          sampler_.sample(*draw.sequence, draw.sample,
+                          {logits.row<float>(row), static_cast<std::size_t>(logits.cols)});
+    } catch (...) {
+      result_.errors[index] = std::current_exception();
+    }
+  });
+}
+
+void CpuRunner::find_prompt_logprobs(std::span<const PromptRow> rows) {
+  rows_.clear();
+  for (const PromptRow& row : rows) rows_.push_back(row.row);
+  const MutTensorView logits = model_.logits(rows_);
+  const std::size_t first = result_.prompt_logprobs.size();
+  result_.prompt_logprobs.resize(first + rows.size());
+  ctx_.parallel_for(std::ssize(rows), [&](std::int64_t i, int) {
+    const PromptRow& row = rows[static_cast<std::size_t>(i)];
+    result_.prompt_logprobs[first + static_cast<std::size_t>(i)] = top_logprobs(
+        {logits.row<float>(i), static_cast<std::size_t>(logits.cols)}, row.token, row.k);
+  });
+}
+
+void CpuRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {
+  for (std::size_t first = 0; first < rows.size(); first += kPromptLogprobRows) {
+    const auto piece =
+        rows.subspan(first, std::min<std::size_t>(rows.size() - first, kPromptLogprobRows));
+    const MutTensorView logits = model_.logits(piece);
+    out = std::copy_n(logits.row<float>(0), logits.rows * logits.cols, out);
+  }
+}
+
+}  // namespace tinyvllm

@@ -1,0 +1,47 @@
+// Runs steps on the CPU: one at a time, to the end.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "checkpoint/checkpoint.h"
+#include "engine/runner.h"
+#include "model/transformer.h"
+#include "ops/cpu_context.h"
+
+namespace tinyvllm {
+
+class CpuRunner : public Runner {
+ public:
+  // The checkpoint must outlive the runner: its mappings are the weights.
+  CpuRunner(const Checkpoint& checkpoint, DType compute, int num_threads, std::int64_t max_tokens,
+            std::int64_t max_draws, std::vector<std::int32_t> eos_token_ids);
+
+  RunnerInfo info() const override;
+  std::int64_t kv_cache_budget() const override;
+  void make_kv_cache(const KvShape& shape) override;
+  std::size_t max_in_flight() const override { return 1; }
+  void launch(const StepPlan& plan) override;
+  StepResult collect() override;
+  void copy_logits(std::span<const std::int32_t> rows, float* out) override;
+  void abandon() override {}
+
+ private:
+  void forward(const StepPlan& plan);
+  void draw(const std::vector<Draw>& draws);
+  void find_prompt_logprobs(std::span<const PromptRow> rows);
+
+  const CpuContext ctx_;
+  Transformer<CpuContext> model_;
+  const Sampler sampler_;
+  std::optional<KvCache> kv_cache_;
+  StepResult result_;
+
+  // The batch, kept so that a step allocates nothing.
+  std::vector<std::int32_t> tokens_, positions_, rows_;
+  std::vector<std::int64_t> slots_;
+  std::vector<BatchSequence> sequences_;
+};
+
+}  // namespace tinyvllm

@@ -1,0 +1,68 @@
+#include "engine/make_runner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/errors.h"
+#include "engine/cpu_runner.h"
+#if defined(TINYVLLM_HAS_CUDA)
+#include "engine/cuda_runner.h"
+#endif
+
+namespace tinyvllm {
+namespace {
+
+DType compute_dtype(const EngineConfig& config, const Checkpoint& checkpoint) {
+  if (config.dtype) return *config.dtype;
+  return checkpoint.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+}
+
+#if defined(TINYVLLM_HAS_CUDA)
+// The emulator is for those who ask for it.
+bool use_cuda(Device device) {
+#if defined(TINYVLLM_CUDA_EMULATE)
+  return device == Device::kCuda;
+#else
+  return device == Device::kCuda || (device == Device::kAuto && CudaContext::is_available());
+#endif
+}
+#endif
+
+}  // namespace
+
+std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
+  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
+  return tokens;
+}
+
+std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config) {
+  const ModelConfig& model = checkpoint.config();
+  const DType compute = compute_dtype(config, checkpoint);
+  std::vector<std::int32_t> eos = within_vocabulary(config.eos_token_ids, model.vocab_size);
+#if defined(TINYVLLM_HAS_CUDA)
+  if (use_cuda(config.device)) {
+    const CudaOptions options{
+        .compute = compute,
+        .max_tokens = config.max_num_batched_tokens,
+        .max_draws = config.max_num_seqs,
+        .max_model_len = config.max_model_len.value_or(model.max_position_embeddings),
+        .block_size = config.block_size,
+        .memory_utilization = config.gpu_memory_utilization,
+        .eager = config.enforce_eager,
+        .batch_invariant = config.batch_invariant,
+        .library_directories = config.cuda_library_directories};
+    return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos));
+  }
+#else
+  if (config.device == Device::kCuda) {
+    throw DeviceError(
+        "device cuda: this build has no CUDA backend. Build it with `make cuda`, or use --device "
+        "cpu.");
+  }
+#endif
+  return std::make_unique<CpuRunner>(checkpoint, compute, config.num_threads,
+                                     config.max_num_batched_tokens, config.max_num_seqs,
+                                     std::move(eos));
+}
+
+}  // namespace tinyvllm

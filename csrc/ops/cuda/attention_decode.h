@@ -1,0 +1,464 @@
+// Decode attention on the tensor cores: one query token a sequence, its context cut into splits at
+// fixed absolute positions (Flash-Decoding, Dao et al. 2023).
+//
+// Decoding is bound by reading K and V, so they go from memory straight into the registers of the
+// product, 16 bytes a load, without shared memory between. A warp takes tiles of 16 positions; the
+// query heads of one KV head are the 16 rows of m16n8k16. A group of 4 leaves 12 rows idle, and
+// still the tensor cores wait for memory.
+//
+//   scores [16 heads, 16 positions] = q [16, head_dim] K^T      a row of K is a column of operand b
+//   sums   [16 heads, head_dim]    += weights [16, 16] V        a row of V is a row of operand b
+//
+// The order of the dimensions in the first product, and of the columns of the second, is free. Both
+// are chosen so that what a lane holds lies side by side in memory. Lane = 4 g + t throughout.
+#pragma once
+
+#include "ops/cuda/attention.h"
+
+namespace tinyvllm::cuda {
+
+inline constexpr int kDecodeWarps = 8;
+inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
+inline constexpr int kDecodeTile = 16;   // positions that a warp takes at once
+inline constexpr int kDecodeHeads = 16;  // query heads of one KV head that a block takes
+
+// A partial result over some positions, for `heads` query heads: sums [heads, head_dim] of
+// exp2(score - maximum) V, then the maxima [heads], then the totals [heads] of the weights.
+constexpr std::size_t partial_floats(int heads, int head_dim) {
+  return static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim + 2);
+}
+
+// The union of `count` partial results, in ascending order, for one head and one dimension.
+struct PartialAttention {
+  float sum, maximum, total;
+};
+
+__device__ inline PartialAttention merge_partials(const volatile float* partials, int count,
+                                                  std::size_t stride, int heads, int head_dim,
+                                                  int head, int dim) {
+  const volatile float* maxima = partials + heads * head_dim + head;
+  const volatile float* sums = partials + head * head_dim + dim;
+  PartialAttention merged{0.0f, kMinusInfinity, 0.0f};
+  for (int i = 0; i < count; ++i) merged.maximum = fmaxf(merged.maximum, maxima[i * stride]);
+  for (int i = 0; i < count; ++i) {
+    const float weight = fast_exp2(maxima[i * stride] - merged.maximum);
+    merged.sum += sums[i * stride] * weight;
+    merged.total += maxima[i * stride + heads] * weight;
+  }
+  return merged;
+}
+
+// The part of a row [kDim] of q or K that a lane holds: of each 32 dimensions 8t to 8t + 7, which
+// serve two steps of 16 in the sum; of a last 16, 4t to 4t + 3. Words 2s and 2s + 1 are step s.
+// Zeros where the row is not valid: it may not even be there.
+template <int kDim>
+__device__ inline void load_along_row(const BFloat16* row, bool valid, int t,
+                                      std::uint32_t (&words)[kDim / 8]) {
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    const uint4 v = load_streaming(row + 32 * i + 8 * t, valid);
+    words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+  }
+  if constexpr (kDim % 32 != 0) {
+    const auto* rest = reinterpret_cast<const std::uint32_t*>(row + kDim / 32 * 32 + 4 * t);
+    words[kDim / 32 * 4] = valid ? rest[0] : 0;
+    words[kDim / 32 * 4 + 1] = valid ? rest[1] : 0;
+  }
+}
+
+// The part of a row [kDim] of V that a lane holds: of each 64 dimensions 8g to 8g + 7, and its
+// eighth of what is left. Its two elements in word w belong to column g of products 2w and 2w + 1.
+template <int kDim>
+__device__ inline void load_across_row(const BFloat16* row, bool valid, int g,
+                                       std::uint32_t (&words)[kDim / 16]) {
+#pragma unroll
+  for (int i = 0; i < kDim / 64; ++i) {
+    const uint4 v = load_streaming(row + 64 * i + 8 * g, valid);
+    words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+  }
+  constexpr int kRest = kDim % 64;
+  if constexpr (kRest != 0) {
+    const auto* rest = reinterpret_cast<const std::uint32_t*>(row + kDim / 64 * 64 + kRest / 8 * g);
+#pragma unroll
+    for (int i = 0; i < kRest / 16; ++i) words[kDim / 64 * 4 + i] = valid ? rest[i] : 0;
+  }
+}
+
+// What the fused kernel does to a new token's q and k before it attends; see ops/rope.h.
+struct RopeArguments {
+  const float* q_norm;  // null: none
+  const float* k_norm;
+  float eps;
+  const float* cos_sin;  // [num_tokens, head_dim], rows stride floats apart
+  std::int64_t stride;
+};
+
+// The cosines and sines of the left half of a row, in the layout of load_along_row.
+template <int kDim>
+struct Angles {
+  float cosine[kDim / 8], sine[kDim / 8];
+};
+
+// Eight floats that no one writes; aligned to 16 bytes.
+__device__ inline void load_eight(const float* from, float* to) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const uint4 v = load_streaming(from + i);
+    to[i] = __uint_as_float(v.x), to[i + 1] = __uint_as_float(v.y);
+    to[i + 2] = __uint_as_float(v.z), to[i + 3] = __uint_as_float(v.w);
+  }
+}
+
+template <int kDim>
+__device__ inline Angles<kDim> load_angles(const float* cos_sin, int t) {
+  Angles<kDim> angles;
+#pragma unroll
+  for (int i = 0; i < kDim / 64; ++i) {
+    load_eight(cos_sin + 32 * i + 8 * t, angles.cosine + 8 * i);
+    load_eight(cos_sin + kDim / 2 + 32 * i + 8 * t, angles.sine + 8 * i);
+  }
+  return angles;
+}
+
+// Normalises and rotates a row in the layout of load_along_row. The dimensions d and d + kDim / 2
+// lie in one lane where kDim is a multiple of 64; the four lanes of a row sum their squares.
+template <int kDim>
+__device__ inline void norm_and_rotate(std::uint32_t (&words)[kDim / 8], const float* norm,
+                                       float eps, const Angles<kDim>& angles, int t) {
+  static_assert(kDim % 64 == 0);
+  float x[kDim / 4];
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    x[2 * i] = low_bfloat16(words[i]), x[2 * i + 1] = high_bfloat16(words[i]);
+  }
+  if (norm != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) squares += x[i] * x[i];
+    squares += __shfl_xor_sync(kAllLanes, squares, 1);
+    squares += __shfl_xor_sync(kAllLanes, squares, 2);
+    const float scale = 1.0f / sqrtf(squares / static_cast<float>(kDim) + eps);
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      float weight[8];
+      load_eight(norm + 32 * i + 8 * t, weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[8 * i + j] *= scale * weight[j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    const float left = x[i], right = x[i + kDim / 8];
+    x[i] = left * angles.cosine[i] - right * angles.sine[i];
+    x[i + kDim / 8] = right * angles.cosine[i] + left * angles.sine[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) words[i] = pack_bfloat16(x[2 * i], x[2 * i + 1]);
+}
+
+// The dimension that column g of product `i` stands for.
+template <int kDim>
+__device__ inline int dimension_of(int i, int g) {
+  constexpr int kWhole = kDim / 64 * 8;  // products over whole 64 dimensions
+  if (i < kWhole) return i / 8 * 64 + 8 * g + i % 8;
+  return kDim / 64 * 64 + kDim % 64 / 8 * g + (i - kWhole);
+}
+
+// One block: the query heads of one KV head (up to 16 of them) over one split of one sequence.
+// Warp w takes the tiles w, w + 8, ... of the context, counted from its start, and the warps are
+// merged in order; the last block of a sequence to finish merges the splits in order. So who
+// computes when, and where a window begins, changes no bit of a tile's result.
+//
+// kRotates: a.q are rows of qkv as the product left them. The blocks normalise and rotate q for
+// themselves; the warp that has the newest position does so with k, and puts k and v into the cache.
+//
+//   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
+//   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
+template <int kDim, bool kRotates>
+__global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
+    decode_attention_kernel(const AttentionArguments<BFloat16> a, const RopeArguments rope,
+                            int split_size, float* partials, std::uint32_t* counters) {
+  let_next_begin();
+  const int group = a.group(), head_tiles = (group + kDecodeHeads - 1) / kDecodeHeads;
+  const int shares = a.num_kv_heads * head_tiles;
+  const int num_tasks = *a.sequences.num_decode_items * shares;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const float scale = a.scale * kLog2e;
+  auto* new_key = reinterpret_cast<BFloat16*>(shared_memory());  // [kDim], where kRotates
+  auto* new_value = new_key + kDim;
+  auto* shared = reinterpret_cast<float*>(new_value + kDim);
+  bool waited = false;
+
+  for (int task = static_cast<int>(blockIdx.x); task < num_tasks;
+       task += static_cast<int>(gridDim.x)) {
+    const int item = task / shares, share = task % shares;
+    const int kv_head = share / head_tiles;
+    const int first_head = kv_head * group + share % head_tiles * kDecodeHeads;
+    const int heads = min(kDecodeHeads, (kv_head + 1) * group - first_head);
+    const int sequence = a.sequences.decode_items[2 * item];
+    const int split = a.sequences.decode_items[2 * item + 1];
+    const int context = a.sequences.context_lengths[sequence];
+    const int first = a.first_seen(context - 1);
+    const int begin = max(first, split * split_size), end = min(context, (split + 1) * split_size);
+    BFloat16* out = a.out + sequence * a.out_stride + first_head * kDim;
+    if (begin >= end) {  // wholly before the window, or a padded row
+      if (context > 0) continue;
+      if (!waited) wait_for_previous();
+      waited = true;
+      for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+        out[i] = BFloat16{0};
+      }
+      continue;
+    }
+
+    const std::int32_t* table = a.block_table(sequence);
+    // Tiles in this split: those that are congruent to the warp's number.
+    const int end_tile = (end + kDecodeTile - 1) / kDecodeTile;
+    const int begin_tile = begin / kDecodeTile;
+    int tile = begin_tile + ((warp - begin_tile) & (kDecodeWarps - 1));
+
+    std::uint32_t keys[2][kDim / 8], values[4][kDim / 16];
+    const auto valid = [&](int position) { return position >= begin && position < end; };
+    // What is in the cache already when this kernel begins.
+    const int end_of_cached = kRotates ? min(end, context - 1) : end;
+    const auto cached = [&](int position) { return position >= begin && position < end_of_cached; };
+    const auto load_keys = [&](int tile, std::int64_t offset) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * i + g;
+        load_along_row<kDim>(a.keys + offset + row * kDim, cached(tile * kDecodeTile + row), t,
+                             keys[i]);
+      }
+    };
+    const auto load_values = [&](int tile, std::int64_t offset) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 2 * t + i % 2 + i / 2 * 8;
+        load_across_row<kDim>(a.values + offset + row * kDim, cached(tile * kDecodeTile + row), g,
+                              values[i]);
+      }
+    };
+
+    // This step's own K and V are the work of the kernel before; older ones can be read before it.
+    std::int64_t offset = 0;
+    const bool any = tile < end_tile;
+    const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
+    if (any) offset = a.offset(table, kv_head, tile * kDecodeTile);
+    if (early) load_keys(tile, offset), load_values(tile, offset);
+    if (!waited) wait_for_previous();
+    waited = true;
+    if (any && !early) load_keys(tile, offset), load_values(tile, offset);
+
+    const int newest_tile = (context - 1) / kDecodeTile;
+    std::uint32_t queries[kDim / 16][4];
+    {
+      const BFloat16* q = a.q + sequence * a.q_stride + first_head * kDim;
+      std::uint32_t low[kDim / 8], high[kDim / 8];
+      load_along_row<kDim>(q + g * kDim, g < heads, t, low);
+      load_along_row<kDim>(q + (g + 8) * kDim, g + 8 < heads, t, high);
+      if constexpr (kRotates) {
+        const bool has_newest = end == context && newest_tile % kDecodeWarps == warp;
+        const BFloat16* k = a.q + sequence * a.q_stride + (a.num_heads + kv_head) * kDim;
+        std::uint32_t key[kDim / 8], value[kDim / 16];
+        load_along_row<kDim>(k, has_newest, t, key);
+        load_across_row<kDim>(k + a.num_kv_heads * kDim, has_newest, g, value);
+        const Angles<kDim> angles = load_angles<kDim>(rope.cos_sin + sequence * rope.stride, t);
+        norm_and_rotate<kDim>(low, rope.q_norm, rope.eps, angles, t);
+        if (heads > 8) norm_and_rotate<kDim>(high, rope.q_norm, rope.eps, angles, t);
+        if (has_newest) {
+          norm_and_rotate<kDim>(key, rope.k_norm, rope.eps, angles, t);
+          const std::int64_t place = a.offset(table, kv_head, context - 1);
+          const bool keeps = share % head_tiles == 0;  // one block of the KV head
+          const auto store = [](BFloat16* to, const std::uint32_t* words) {
+            *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+          };
+          if (g == 0) {
+#pragma unroll
+            for (int i = 0; i < kDim / 32; ++i) {
+              const int dim = 32 * i + 8 * t;
+              store(new_key + dim, key + 4 * i);
+              if (keeps) store(a.keys_to_write() + place + dim, key + 4 * i);
+            }
+          }
+          if (t == 0) {
+#pragma unroll
+            for (int i = 0; i < kDim / 64; ++i) {
+              const int dim = 64 * i + 8 * g;
+              store(new_value + dim, value + 4 * i);
+              if (keeps) store(a.values_to_write() + place + dim, value + 4 * i);
+            }
+          }
+          __syncwarp();
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kDim / 16; ++s) {
+        queries[s][0] = low[2 * s], queries[s][1] = high[2 * s];
+        queries[s][2] = low[2 * s + 1], queries[s][3] = high[2 * s + 1];
+      }
+    }
+
+    float sums[kDim / 8][4] = {};
+    float maxima[2] = {kMinusInfinity, kMinusInfinity}, totals[2] = {};  // of heads g and g + 8
+    while (tile < end_tile) {
+      if constexpr (kRotates) {
+        if (tile == newest_tile) {  // its last row is still missing
+          const int newest = context - 1 - tile * kDecodeTile;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (8 * i + g != newest) continue;
+#pragma unroll
+            for (int j = 0; j < kDim / 32; ++j) {
+              const auto* from = reinterpret_cast<const std::uint32_t*>(new_key + 32 * j + 8 * t);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) keys[i][4 * j + w] = from[w];
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (2 * t + i % 2 + i / 2 * 8 != newest) continue;
+#pragma unroll
+            for (int j = 0; j < kDim / 64; ++j) {
+              const auto* from = reinterpret_cast<const std::uint32_t*>(new_value + 64 * j + 8 * g);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) values[i][4 * j + w] = from[w];
+            }
+          }
+        }
+      }
+      float scores[2][4] = {};
+#pragma unroll
+      for (int s = 0; s < kDim / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_add_16x8x16(scores[i], queries[s], keys[i][2 * s], keys[i][2 * s + 1]);
+        }
+      }
+      const int next = tile + kDecodeWarps;
+      if (next < end_tile) {
+        offset = a.offset(table, kv_head, next * kDecodeTile);
+        load_keys(next, offset);
+      }
+
+      // Columns 2t and 2t + 1 of each half are positions.
+      float rescale[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float maximum = maxima[row];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& score = scores[i / 2][2 * row + i % 2];
+          const int position = tile * kDecodeTile + i / 2 * 8 + 2 * t + i % 2;
+          score = valid(position) ? score * scale : kMinusInfinity;
+          maximum = fmaxf(maximum, score);
+        }
+        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
+        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
+        rescale[row] = fast_exp2(maxima[row] - maximum);
+        maxima[row] = maximum;
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& score = scores[i / 2][2 * row + i % 2];
+          score = fast_exp2(score - maximum);
+          total += score;
+        }
+        totals[row] = totals[row] * rescale[row] + total;
+      }
+      const std::uint32_t weights[4] = {
+          pack_bfloat16(scores[0][0], scores[0][1]), pack_bfloat16(scores[0][2], scores[0][3]),
+          pack_bfloat16(scores[1][0], scores[1][1]), pack_bfloat16(scores[1][2], scores[1][3])};
+#pragma unroll
+      for (int w = 0; w < kDim / 16; ++w) {
+        const auto low = [](std::uint32_t x, std::uint32_t y) { return (x & 0xffffu) | (y << 16); };
+        const auto high = [](std::uint32_t x, std::uint32_t y) {
+          return (x >> 16) | (y & 0xffff0000u);
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[2 * w][i] *= rescale[i / 2];
+          sums[2 * w + 1][i] *= rescale[i / 2];
+        }
+        multiply_add_16x8x16(sums[2 * w], weights, low(values[0][w], values[1][w]),
+                             low(values[2][w], values[3][w]));
+        multiply_add_16x8x16(sums[2 * w + 1], weights, high(values[0][w], values[1][w]),
+                             high(values[2][w], values[3][w]));
+      }
+      if (next < end_tile) load_values(next, offset);
+      tile = next;
+    }
+
+    // The warps' partial results meet in shared memory, laid out as in the workspace.
+    const std::size_t partial_size = partial_floats(heads, kDim);
+    float* mine = shared + warp * partial_size;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int head = g + 8 * row;
+      totals[row] += __shfl_xor_sync(kAllLanes, totals[row], 1);
+      totals[row] += __shfl_xor_sync(kAllLanes, totals[row], 2);
+      if (head >= heads) continue;
+      if (t == 0) {
+        mine[heads * kDim + head] = maxima[row];
+        mine[heads * kDim + heads + head] = totals[row];
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        mine[head * kDim + dimension_of<kDim>(i, 2 * t)] = sums[i][2 * row];
+        mine[head * kDim + dimension_of<kDim>(i, 2 * t + 1)] = sums[i][2 * row + 1];
+      }
+    }
+    __syncthreads();
+
+    const int first_split = first / split_size;
+    const int num_splits = (context - 1) / split_size - first_split + 1;
+    const std::size_t item_size = partial_floats(a.num_heads, kDim);
+    float* partial = partials + item * item_size + partial_floats(first_head, kDim);
+    for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+      const int head = i / kDim;
+      const PartialAttention merged =
+          merge_partials(shared, kDecodeWarps, partial_size, heads, kDim, head, i % kDim);
+      if (num_splits == 1) {
+        out[i] = round_to_bfloat16(merged.sum / merged.total);
+      } else {
+        partial[i] = merged.sum;
+        if (i % kDim == 0) {
+          partial[heads * kDim + head] = merged.maximum;
+          partial[heads * kDim + heads + head] = merged.total;
+        }
+      }
+    }
+
+    if (num_splits > 1) {
+      auto* is_last = reinterpret_cast<int*>(shared + kDecodeWarps * partial_size);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        std::uint32_t* counter = counters + sequence * shares + share;
+        *is_last = static_cast<int>(atomicAdd(counter, 1u)) == num_splits - 1;
+        if (*is_last) *counter = 0;
+      }
+      __syncthreads();
+      if (*is_last) {
+        __threadfence();
+        const float* of_first_split = partial - (split - first_split) * item_size;
+        for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+          const PartialAttention merged = merge_partials(of_first_split, num_splits, item_size,
+                                                         heads, kDim, i / kDim, i % kDim);
+          out[i] = round_to_bfloat16(merged.sum / merged.total);
+        }
+      }
+    }
+    __syncthreads();  // the next task writes where this one reads
+  }
+  if (!waited) wait_for_previous();
+}
+
+// The newest k and v, the partial results of the warps, is_last.
+inline std::size_t decode_shared_bytes(int group, int head_dim) {
+  const int heads = group < kDecodeHeads ? group : kDecodeHeads;
+  return 2 * static_cast<std::size_t>(head_dim) * sizeof(BFloat16) +
+         (kDecodeWarps * partial_floats(heads, head_dim) + 1) * sizeof(float);
+}
+
+}  // namespace tinyvllm::cuda

@@ -1,0 +1,20 @@
+#include "ops/norm_matmul.h"
+#include "ops/rms_norm.h"
+#include "ops/silu_mul.h"
+
+namespace tinyvllm {
+
+void norm_matmul(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView out) {
+  rms_norm(ctx, x, norm, eps, normalized);
+  matmul(ctx, normalized, weight, out);
+}
+
+void norm_swiglu(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView gate_up,
+                 MutTensorView out) {
+  norm_matmul(ctx, x, norm, eps, weight, normalized, gate_up);
+  silu_mul(ctx, gate_up, out);
+}
+
+}  // namespace tinyvllm

@@ -1,0 +1,261 @@
+"""The options that commands with a model share, and the LLM and SamplingParams they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tinyvllm.cli.options import Count, TokenBias, option
+
+if TYPE_CHECKING:
+    from tinyvllm.llm import LLM
+    from tinyvllm.sampling_params import SamplingParams
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
+    """One decorator for many options, which --help lists in this order."""
+
+    def decorate(function: _Function) -> _Function:
+        decorated: Any = function
+        for decorator in reversed(decorators):
+            decorated = decorator(decorated)
+        return decorated  # type: ignore[no-any-return]  # the same function
+
+    return decorate
+
+
+def model_options(
+    metavar: str = "DIR|ORG/NAME", kinds: str = "Checkpoint directory or hub model."
+) -> Callable[[_Function], _Function]:
+    """kinds: what --model may be, in words."""
+    return _together(
+        option(
+            "-m",
+            "--model",
+            section="Model",
+            metavar=metavar,
+            help=f"{kinds}  [default: the bundled story model]",
+        ),
+        option(
+            "--revision",
+            section="Model",
+            metavar="REV",
+            help="Branch, tag or commit of a hub model.",
+        ),
+        option("--offline", section="Model", is_flag=True, help="Never use the network."),
+    )
+
+
+def sampling_options(default_max_tokens: str) -> Callable[[_Function], _Function]:
+    """default_max_tokens: what holds where neither the model nor the user says, in words."""
+    section = "Sampling"
+    return _together(
+        option(
+            "-n",
+            "--max-tokens",
+            section=section,
+            type=Count(),
+            metavar="N",
+            help=f"At most N tokens of output a prompt.  [default: the model's, else "
+            f"{default_max_tokens}]",
+        ),
+        option(
+            "--min-tokens",
+            section=section,
+            type=Count(),
+            metavar="N",
+            help="No end before N tokens.",
+        ),
+        option(
+            "-t",
+            "--temperature",
+            section=section,
+            type=float,
+            help="0 is greedy.  [default: the model's]",
+        ),
+        option(
+            "--top-p",
+            section=section,
+            type=float,
+            help="Keep the most likely tokens of this total probability.",
+        ),
+        option(
+            "--top-k",
+            section=section,
+            type=int,
+            help="Keep the k most likely tokens; 0 is off.",
+        ),
+        option(
+            "--min-p",
+            section=section,
+            type=float,
+            help="Keep tokens of at least this share of the best one's probability.",
+        ),
+        option(
+            "--repetition-penalty",
+            section=section,
+            type=float,
+            help="Above 1: prompt and output tokens become less likely.",
+        ),
+        option(
+            "--presence-penalty",
+            section=section,
+            type=float,
+            help="Subtracted from the logit of each token in the output.",
+        ),
+        option(
+            "--frequency-penalty",
+            section=section,
+            type=float,
+            help="The same, times how often it is there.",
+        ),
+        option(
+            "--logit-bias",
+            section=section,
+            multiple=True,
+            type=TokenBias(),
+            metavar="ID=BIAS",
+            help="Added to a token's logit. May be repeated.",
+        ),
+        option(
+            "--seed",
+            section=section,
+            type=click.IntRange(0, 2**64 - 1),
+            help="Repeats a run.  [default: drawn, and shown with the statistics]",
+        ),
+        option(
+            "--stop",
+            section=section,
+            multiple=True,
+            metavar="TEXT",
+            help="End before this text. May be repeated.",
+        ),
+        option(
+            "--include-stop",
+            section=section,
+            is_flag=True,
+            help="Keep the stop text in the output.",
+        ),
+        option(
+            "--stop-token-id",
+            "stop_token_ids",
+            section=section,
+            multiple=True,
+            type=int,
+            metavar="ID",
+            help="End at this token. May be repeated.",
+        ),
+        option(
+            "--ignore-eos",
+            section=section,
+            is_flag=True,
+            help="Go on after the model's end tokens.",
+        ),
+        option(
+            "--show-special",
+            section=section,
+            is_flag=True,
+            help="Keep special tokens in the text.",
+        ),
+        option(
+            "--generation-config",
+            section=section,
+            metavar="auto|none|FILE",
+            default="auto",
+            show_default=True,
+            help="Where sampling defaults come from.",
+        ),
+    )
+
+
+engine_options = _together(
+    option(
+        "--threads",
+        section="Engine",
+        type=click.IntRange(1, 1024),
+        help="[default: one a physical core]",
+    ),
+    option(
+        "--dtype",
+        section="Engine",
+        type=click.Choice(["auto", "bfloat16", "float32"]),
+        default="auto",
+        show_default=True,
+    ),
+    option(
+        "--device",
+        section="Engine",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+    ),
+    option(
+        "--max-model-len",
+        section="Engine",
+        type=Count(),
+        metavar="N",
+        help="Tokens of prompt and output together.  [default: the model's, as far as memory "
+        "holds]",
+    ),
+)
+
+
+def open_llm(options: dict[str, Any], **arguments: Any) -> LLM:
+    """The LLM of model_options and engine_options; `arguments` are further ones of LLM."""
+    from tinyvllm.llm import BUNDLED_MODEL, LLM
+
+    return LLM(
+        options["model"] or BUNDLED_MODEL,
+        revision=options["revision"],
+        offline=options["offline"],
+        device=options["device"],
+        dtype=options["dtype"],
+        num_threads=options["threads"],
+        max_model_len=options["max_model_len"],
+        **arguments,
+    )
+
+
+def sampling_params(
+    llm: LLM, options: dict[str, Any], max_tokens: int | None
+) -> tuple[SamplingParams, dict[str, str]]:
+    """What sampling_options ask for, and where each value that is no built-in default comes from.
+
+    max_tokens: where neither the model nor the user says.
+    """
+    from tinyvllm.sampling_params import SamplingParams
+
+    values: dict[str, Any] = {"max_tokens": max_tokens}
+    values |= llm.sampling_defaults().fields
+    origins = dict.fromkeys(llm.sampling_defaults().fields, "generation_config")
+    flags = {
+        name: options[name]
+        for name in (
+            "max_tokens",
+            "min_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logprobs",
+        )
+        if options.get(name) is not None
+    }
+    flags |= {
+        name: options[name] for name in ("stop", "stop_token_ids", "ignore_eos") if options[name]
+    }
+    if options["include_stop"]:
+        flags["include_stop_str_in_output"] = True
+    if options["show_special"]:
+        flags["skip_special_tokens"] = False
+    if options["logit_bias"]:
+        flags["logit_bias"] = dict(options["logit_bias"])
+    origins |= dict.fromkeys(flags, "flag")
+    return SamplingParams(**{**values, **flags}), origins

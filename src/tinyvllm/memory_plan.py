@@ -1,0 +1,187 @@
+"""What a model will take of memory, computed from its config and its tensors' headers alone.
+
+What an engine on the CPU keeps resident, in the terms of the files that decide it:
+
+    program       Python, the libraries and the tokenizer
+    weights       csrc/model/weights.h: matrices are used where they lie in the mapped files, and
+                  are resident once a step has read them; norms, biases and other dtypes are copied
+    activations   csrc/model/transformer.h, at the largest step
+    KV cache      csrc/ops/kv_cache.h: reserved at the start, resident as tokens fill it
+
+An embedding that is not the output matrix too is read row by row; it is counted in full, as the
+text of a long run touches nearly all of its pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+BLOCK_SIZE = 16  # tokens, LLM's default
+
+_SIZES = {"float32": 4, "bfloat16": 2}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PROMPT_LOGPROB_ROWS = 64  # csrc/engine/runner.h
+
+
+class TensorHeader(NamedTuple):
+    """A tensor as its file describes it."""
+
+    name: str
+    dtype: str  # as safetensors writes it: F32, F16, BF16
+    shape: tuple[int, ...]
+    num_bytes: int
+    file: str | None  # None: of a shape without files
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """LLM's arguments that decide how much memory it takes."""
+
+    dtype: str  # bfloat16 or float32
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, and tokens of KV cache. `kv_limit` says what the number of tokens comes from."""
+
+    memory: int
+    program: int
+    mapped_weights: int  # used where they lie
+    copied_weights: int
+    passed_weights: int  # mapped and read once, to be copied; the system may take them back
+    activations: int
+    kv_bytes_per_token: int
+    kv_tokens: int  # that the cache can hold
+    kv_limit: str  # sequences, share or left
+    default_kv_tokens: int  # that LLM() would reserve in this memory
+    max_model_len: int  # of one sequence
+    asked_model_len: int | None
+
+    @property
+    def weights(self) -> int:
+        return self.mapped_weights + self.copied_weights
+
+    @property
+    def kv_cache(self) -> int:
+        return self.kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def without_kv_cache(self) -> int:
+        return self.program + self.weights + self.activations
+
+    @property
+    def needed(self) -> int:
+        """What cannot be done without, when the KV cache is full."""
+        return self.without_kv_cache + self.kv_cache
+
+    @property
+    def resident(self) -> int:
+        """What the process shows as resident then, where memory is not short."""
+        return self.needed + self.passed_weights
+
+    @property
+    def full_length_sequences(self) -> int:
+        return self.kv_tokens // self.max_model_len if self.max_model_len else 0
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_tokens >= max(self.asked_model_len or 0, BLOCK_SIZE)
+
+
+def compute_dtype(asked: str, checkpoint_dtype: str) -> str:
+    """What `auto` means: float32 for float32 files, else bfloat16."""
+    if asked != "auto":
+        return asked
+    return "float32" if checkpoint_dtype == "float32" else "bfloat16"
+
+
+def used_tensors(config: Mapping[str, Any], tensors: Iterable[TensorHeader]) -> list[TensorHeader]:
+    """Those that the model reads: a file may hold the tied output matrix a second time."""
+    tied = config["tie_word_embeddings"]
+    return [tensor for tensor in tensors if not (tied and tensor.name == "lm_head.weight")]
+
+
+def make_plan(
+    config: Mapping[str, Any],
+    tensors: Iterable[TensorHeader],
+    limits: Limits,
+    *,
+    memory: int,
+    program: int,
+) -> MemoryPlan:
+    """config: as _core.parse_model_config gives it. memory, program: in bytes."""
+    mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits.dtype)
+    copied += 4 * (config["head_dim"] // 2)  # the frequencies of the rotation
+    activations = _activation_bytes(config, limits)
+    bytes_per_token = (
+        2
+        * config["num_layers"]
+        * config["num_kv_heads"]
+        * config["head_dim"]
+        * _SIZES[limits.dtype]
+    )
+
+    # As Engine::choose_num_blocks and CpuRunner::kv_cache_budget do it.
+    bytes_per_block = bytes_per_token * BLOCK_SIZE
+    own = config["max_position_embeddings"]
+    longest = min(own, limits.max_model_len or own)
+    for_all_sequences = limits.max_num_seqs * -(-longest // BLOCK_SIZE)
+    share = memory // 5 * 2 // bytes_per_block
+    left = max(0, memory - program - mapped - copied - activations) // bytes_per_block
+    num_blocks, limit = min(
+        (for_all_sequences, "sequences"), (share, "share"), (left, "left"), key=lambda item: item[0]
+    )
+    return MemoryPlan(
+        memory=memory,
+        program=program,
+        mapped_weights=mapped,
+        copied_weights=copied,
+        passed_weights=passed,
+        activations=activations,
+        kv_bytes_per_token=bytes_per_token,
+        kv_tokens=num_blocks * BLOCK_SIZE,
+        kv_limit=limit,
+        default_kv_tokens=min(for_all_sequences, share) * BLOCK_SIZE,
+        max_model_len=min(longest, num_blocks * BLOCK_SIZE),
+        asked_model_len=limits.max_model_len,
+    )
+
+
+def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str) -> tuple[int, int, int]:
+    """Bytes that are used in place, that are copies, and that are read once to be copied."""
+    mapped = copied = passed = 0
+    for tensor in tensors:
+        stored = _DTYPES.get(tensor.dtype)
+        is_matrix = len(tensor.shape) > 1
+        if is_matrix and (stored == dtype or (stored, dtype) == ("bfloat16", "float32")):
+            mapped += tensor.num_bytes
+        else:
+            copied += tensor.num_elements * (_SIZES[dtype] if is_matrix else 4)
+            passed += tensor.num_bytes
+    return mapped, copied, passed
+
+
+def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:
+    """The buffers of Transformer: so many bytes for each token, and for each row of logits."""
+    hidden: int = config["hidden_size"]
+    head_dim: int = config["head_dim"]
+    intermediate: int = config["intermediate_size"]
+    vocab: int = config["vocab_size"]
+    q: int = config["num_heads"] * head_dim
+    kv: int = config["num_kv_heads"] * head_dim
+    compute = _SIZES[limits.dtype]
+    a_token = 4 * (hidden + head_dim + q + 2 * kv + 2 * intermediate)
+    a_token += compute * (hidden + q + intermediate)
+    a_logit_row = 4 * (hidden + vocab) + compute * hidden
+    rows = max(limits.max_num_seqs, _PROMPT_LOGPROB_ROWS)
+    return limits.max_num_batched_tokens * a_token + rows * a_logit_row

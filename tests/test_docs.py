@@ -1,0 +1,84 @@
+"""docs/cli.md is what the commands say, and the examples in help and documents run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# An example with a model is one that this machine may not have; `chat` wants a terminal.
+OTHER_MODEL = re.compile(r"DIR|ORG/NAME|--model|-m |^tinyvllm chat")
+
+
+@pytest.fixture(scope="module")
+def make_cli() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cli_md_is_what_the_commands_say(make_cli: ModuleType) -> None:
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == make_cli.text(), "docs/cli.md is stale: run `make docs` and commit it"
+
+
+def commands() -> Iterator[click.Command]:
+    from tinyvllm.cli import cli
+
+    def walk(command: click.Command) -> Iterator[click.Command]:
+        yield command
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                found = command.get_command(context, name)
+                assert found is not None
+                yield from walk(found)
+
+    return walk(cli)
+
+
+def examples() -> list[str]:
+    """Of all help texts, and the lines that begin with a prompt in README.md and docs/."""
+    found: list[str] = []
+    for command in commands():
+        for line in (command.epilog or "").splitlines():
+            if re.match(r" +(tinyvllm|\S.*\| tinyvllm) ", line):
+                found.append(line.strip())
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            if line.startswith("$ ") and "tinyvllm " in line:
+                found.append(line.removeprefix("$ ").replace(".venv/bin/tinyvllm", "tinyvllm"))
+    return [line for line in dict.fromkeys(found) if not OTHER_MODEL.search(line)]
+
+
+def test_every_command_has_examples() -> None:
+    for command in commands():
+        if not isinstance(command, click.Group):
+            assert "Examples:" in (command.epilog or ""), command
+
+
+@pytest.mark.parametrize("example", examples())
+def test_examples_with_the_bundled_model_run(example: str, tmp_path: Path) -> None:
+    program = f'tinyvllm() {{ {shlex.quote(sys.executable)} -m tinyvllm.cli "$@"; }}'
+    result = subprocess.run(
+        ["bash", "-c", f"set -eo pipefail\n{program}\n{example}"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout

@@ -1,0 +1,89 @@
+"""The emulator of a GPU finds the mistakes that are easily made on one, and nothing where none is.
+
+The programs are in csrc/cuda/emulator/traps.cu, each with its mistake and without it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devices import cuda
+from tinyvllm import _core
+from tinyvllm.errors import DeviceError
+
+if _core.cuda_build() != "emulated":
+    pytest.skip("needs the emulated build (make emulate)", allow_module_level=True)
+
+# What the emulator refuses to run, and words of its message; it says nothing of the others, whose
+# results are wrong.
+REFUSED = {
+    "divergent_shuffle": "the threads do not meet",
+    "exit_before_barrier": "32..63 ended",
+    "stale_captured_pointer": "not in allocated device memory",
+    "wait_for_previous": "never calls wait_for_previous",
+}
+ONLY_UNDER_ASAN = {"write_out_of_bounds", "shared_write_out_of_bounds"}
+WRONG = sorted(set(_core.trap_names()) - REFUSED.keys() - ONLY_UNDER_ASAN)
+
+under_asan = pytest.mark.skipif(
+    "libasan" not in Path("/proc/self/maps").read_text(),
+    reason="needs AddressSanitizer (make asan)",
+)
+
+
+@pytest.mark.parametrize("name", _core.trap_names())
+def test_nothing_is_found_where_there_is_no_mistake(name: str) -> None:
+    for _ in range(5):  # the order is another one each time
+        assert _core.run_trap(cuda(), name, False)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_makes_the_result_wrong(name: str) -> None:
+    assert not _core.run_trap(cuda(), name, True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_that_no_gpu_would_survive_is_refused_and_named(name: str) -> None:
+    with pytest.raises(DeviceError, match=REFUSED[name]):
+        _core.run_trap(cuda(), name, True)
+    assert _core.run_trap(cuda(), name, False)  # the device is as good as before
+
+
+@under_asan
+@pytest.mark.parametrize("name", sorted(ONLY_UNDER_ASAN))
+def test_a_write_past_the_end_ends_the_process_under_asan(name: str, tmp_path: Path) -> None:
+    code = f"from tinyvllm import _core; _core.run_trap(_core.CudaContext(), {name!r}, True)"
+    options = f"detect_leaks=0:exitcode=99:log_path={tmp_path / 'report'}"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ASAN_OPTIONS": options}, check=False
+    )
+    assert result.returncode == 99
+    (report,) = tmp_path.glob("report.*")
+    assert "heap-buffer-overflow" in report.read_text()
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_the_order_comes_from_the_seed(seed: str) -> None:
+    # Which of 64 threads found which neighbour's value missing depends on the order alone.
+    code = (
+        "from tinyvllm import _core; ctx = _core.CudaContext();"
+        "print([_core.run_trap(ctx, 'streams_without_event', True) for _ in range(3)])"
+    )
+    environment = os.environ | {"TINYVLLM_EMULATOR_SEED": seed}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_an_unknown_trap_is_refused() -> None:
+    with pytest.raises(Exception, match="no trap"):
+        _core.run_trap(cuda(), "none", True)

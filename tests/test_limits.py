@@ -1,0 +1,65 @@
+"""The machine's limits: real rates, checked against NumPy doing the same kind of work."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from tinyvllm import _core
+from tinyvllm.errors import DeviceError, InvalidRequestError
+from tinyvllm.limits import measure_limits
+
+
+def test_no_copy_reads_faster_than_the_limit() -> None:
+    """A copy reads each byte and writes it, too; half the margin is for a restless machine."""
+    source = np.ones(1 << 26, np.float32)
+    target = np.zeros_like(source)
+    best = min(_seconds_of_copy(source, target) for _ in range(3))
+    limit = measure_limits("cpu", num_threads=1).read_bandwidth_bytes_per_second
+    assert limit > 0.5 * source.nbytes / best
+
+
+def _seconds_of_copy(source: np.ndarray, target: np.ndarray) -> float:
+    began = time.perf_counter()
+    np.copyto(target, source)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+def test_no_matmul_multiplies_faster_than_the_limit_of_its_instruction_set(isa: str) -> None:
+    ctx = _core.CpuContext(1, isa)
+    x = np.full((96, 1024), 0x3F80, np.uint16)  # ones
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        _core.ops.matmul(ctx, x, [x])
+        best = min(best, time.perf_counter() - began)
+    limit = max(_core.measure_arithmetic(ctx, 0.02) for _ in range(3))
+    assert limit > 2 * 96 * 96 * 1024 / best
+
+
+def test_a_better_instruction_set_has_a_higher_limit() -> None:
+    rates = {
+        isa: max(_core.measure_arithmetic(_core.CpuContext(1, isa), 0.02) for _ in range(3))
+        for isa in _core.supported_isas()
+    }
+    if "avx2" in rates:
+        assert rates["avx2"] > 1.5 * rates["portable"]
+    if "avx512bf16" in rates:
+        assert rates["avx512bf16"] > 1.3 * rates["avx512"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 61.0])
+@pytest.mark.parametrize("measure", [_core.measure_arithmetic, _core.measure_read_bandwidth])
+def test_a_time_that_makes_no_sense_is_refused(measure: object, seconds: float) -> None:
+    with pytest.raises(InvalidRequestError, match="seconds is"):
+        measure(_core.CpuContext(1), seconds)  # type: ignore[operator]
+
+
+def test_devices_are_those_of_the_engine() -> None:
+    with pytest.raises(InvalidRequestError, match='device is "tpu"'):
+        measure_limits("tpu")
+    with pytest.raises(DeviceError, match="device cuda"):
+        measure_limits("cuda")
