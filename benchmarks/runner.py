@@ -117,14 +117,15 @@ class Row:
                 return max(1, length // divisor)
             return (max(1, length[0] // divisor), max(1, length[1] // divisor))
 
+        tokens = scale(self.max_tokens)
+        if self.max_tokens != 1 and isinstance(tokens, int):
+            tokens = max(2, tokens)  # a decode has a second token
         return dataclasses.replace(
             self,
             what=f"{self.what}, all divided by {divisor}",
             num_prompts=max(1, self.num_prompts // divisor),
             prompt_len=scale(self.prompt_len),
-            max_tokens=max(2, scaled)
-            if isinstance(scaled := scale(self.max_tokens), int)
-            else scaled,
+            max_tokens=tokens,
             must=None,
         )
 
@@ -627,7 +628,8 @@ def main(
         if arguments.rows and row.name not in arguments.rows:
             continue
         if arguments.model:
-            row = dataclasses.replace(row, model=arguments.model)
+            what = f"{row.what}, with {arguments.model}"
+            row = dataclasses.replace(row, model=arguments.model, what=what, must=None)
         try:
             result = bench.run(row.scaled_by(arguments.scaled_by))
         except (PeerError, DifferentWorkError) as error:

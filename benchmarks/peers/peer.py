@@ -105,7 +105,7 @@ class Peer(abc.ABC):
 
 def main(peer: type[Peer]) -> None:
     """The process of one adapter."""
-    # What lies beside this package is not for the engines: Transformers looks for a module `kernels`.
+    # What lies beside this package is not for the engines: Transformers would import kernels.py.
     here = Path(__file__).resolve().parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     # Engines print to standard output, too; what they say goes to stderr.
