@@ -170,7 +170,8 @@ __device__ inline int dimension_of(int i, int g) {
 // computes when, and where a window begins, changes no bit of a tile's result.
 //
 // kRotates: a.q are rows of qkv as the product left them. The blocks normalise and rotate q for
-// themselves; the warp that has the newest position does so with k, and puts k and v into the cache.
+// themselves; the warp that has the newest position does so with k, and puts k and v into the
+// cache.
 //
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
   auto* shared = reinterpret_cast<float*>(new_value + kDim);
   bool waited = false;
 
-  // Up to the first K and V every load needs the one before it. At few sequences that is most of the
-  // time, so what can be asked for early is, and checked later: the item, the block.
+  // Up to the first K and V every load needs the one before it. At few sequences that is most of
+  // the time, so what can be asked for early is, and checked later: the item, the block.
   for (int task = static_cast<int>(blockIdx.x);; task += static_cast<int>(gridDim.x)) {
     const int item = task / shares, share = task % shares;
     if (item >= a.sequences.max_decode_items) break;
