@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <optional>
 #include <string>
@@ -156,6 +157,32 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
     matmul(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(out)));
   });
   return out;
+}
+
+// Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
+// `copies` different matrices used in turn, as in a model, so that no cache holds them all.
+std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
+                                std::int64_t depth, std::int64_t copies, std::int64_t rounds) {
+  if (std::min({rows, outputs, depth, copies, rounds}) < 1) refuse("a size is less than 1");
+  const auto ones = [](std::int64_t size) {
+    return std::vector<BFloat16>(static_cast<std::size_t>(size), to_bfloat16(1.0f));
+  };
+  std::vector<BFloat16> x = ones(rows * depth), weights = ones(copies * outputs * depth);
+  std::vector<float> out(static_cast<std::size_t>(rows * outputs));
+  std::vector<double> seconds;
+  for (std::int64_t round = -1; round < rounds; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    for (std::int64_t copy = 0; copy < copies; ++copy) {
+      Weight weight;
+      weight.blocks[0] = {weights.data() + copy * outputs * depth, outputs, nullptr};
+      weight.depth = depth;
+      matmul(ctx, {x.data(), DType::kBFloat16, rows, depth, depth}, weight,
+             {out.data(), DType::kFloat32, rows, outputs, outputs});
+    }
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    if (round >= 0) seconds.push_back(passed.count() / static_cast<double>(copies));
+  }
+  return seconds;
 }
 
 // Returns the new residual.
@@ -462,6 +489,10 @@ void bind_ops(py::module_& module) {
   module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
              py::call_guard<py::gil_scoped_release>(),
              "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
+  module.def("time_matmul", &time_matmul, py::arg("ctx"), py::arg("rows"), py::arg("outputs"),
+             py::arg("depth"), py::arg("copies") = 1, py::arg("rounds") = 5,
+             py::call_guard<py::gil_scoped_release>(),
+             "Seconds of one bfloat16 matmul [rows, depth] x [outputs, depth], a value a round.");
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));

@@ -126,6 +126,12 @@ def test_the_number_of_threads_changes_no_bit(
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
 
 
+def lane_sum(lanes: Array) -> Array:
+    """The lanes of the last axis: in each four, i takes i + 2, then i + 1; then a tree of fours."""
+    fours = lanes.reshape(*lanes.shape[:-1], -1, 4)
+    return tree_sum(tree_sum(fours))
+
+
 @pairs
 @pytest.mark.parametrize("depth", [3, 64, 101])
 def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
@@ -135,8 +141,7 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
     w = random(rng, (13, depth), w_dtype)
     bias = cast(rng.standard_normal(13), "float32")
     lanes = LANES[cpu_device.isa]
-    # One step of k fills the lanes; the instruction for pairs of bfloat16 adds two in each, the
-    # second of the pair first.
+    # One step of k fills the lanes; of pairs of bfloat16 each lane takes two, the second one first.
     pair = 2 if (x_dtype, w_dtype) == ("bfloat16", "bfloat16") else 1
     multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
 
@@ -149,7 +154,7 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
             sums = multiply_add(
                 wide_x[:, :, step, :, element], wide_w[:, :, step, :, element], sums
             )
-    want = tree_sum(sums) + bias
+    want = lane_sum(sums) + bias
     assert same_bits(ops.matmul(cpu_device, x, [w], [bias]), want)
 
 

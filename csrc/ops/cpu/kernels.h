@@ -14,9 +14,7 @@ namespace tinyvllm {
 // out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or += where `accumulate` says so.
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
-// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch. The
-// rows of x are used where they lie; where they lie a multiple of 4 KiB apart they compete for the
-// same lines of the L1 cache, which costs some speed.
+// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart

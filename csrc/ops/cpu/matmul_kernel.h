@@ -57,6 +57,33 @@ struct Product<BFloat16, BFloat16> {
 };
 #endif
 
+// The horizontal sums of four vectors, side by side. Of each, lane i takes lane i + 2 in every four,
+// then lane i + 1; what is left of the fours is halved until one is left. In this order, and not in
+// that of horizontal_sum, most shuffles stay within 128 bits, where they are cheapest.
+TINYVLLM_INLINE Float4 horizontal_sums(Float a, Float b, Float c, Float d) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const __m512 fours =
+      _mm512_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm512_shuffle_ps(ab, cd, 0b11'10'11'10);
+  const __m256 half = _mm512_castps512_ps256(fours) + _mm512_extractf32x8_ps(fours, 1);
+#elif defined(__AVX2__)
+  const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const __m256 half =
+      _mm256_shuffle_ps(ab, cd, 0b01'00'01'00) + _mm256_shuffle_ps(ab, cd, 0b11'10'11'10);
+#endif
+#if defined(__AVX2__)
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#else
+  const Float ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Float cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+#endif
+}
+
 // Registers: kTileRows x kTileOutputs sums, a vector of each row of x and one of weights.
 inline constexpr int kTileOutputs = 4;
 #if defined(__AVX512F__)
@@ -71,12 +98,17 @@ struct Group {
   std::int64_t n, run;
 };
 
-// Where a tile prefetches while it computes: two streams, each as long as a row of the weight.
+// What a tile prefetches into the L2 cache while it computes: two rows of weights, at the pace at
+// which it reads its own. A faster pace or a nearer cache was slower: the hardware drops or delays
+// what comes in bursts.
 struct Prefetch {
   const char *first, *second;
-};
 
-TINYVLLM_INLINE void prefetch_to_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
+  TINYVLLM_INLINE void at(std::int64_t bytes) const {
+    __builtin_prefetch(first + bytes, 0, 2);
+    __builtin_prefetch(second + bytes, 0, 2);
+  }
+};
 
 template <int kRows, int kOutputs, typename X, typename W>
 TINYVLLM_INLINE void add_step(Float (&sums)[kRows][kOutputs], const X* x, std::int64_t x_stride,
@@ -107,8 +139,7 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Pr
   std::int64_t k = 0;
   for (; k + kStep <= share.depth; k += kStep) {
     if constexpr (kPrefetch) {
-      prefetch_to_l2(prefetch.first + k * static_cast<std::int64_t>(sizeof(W)));
-      prefetch_to_l2(prefetch.second + k * static_cast<std::int64_t>(sizeof(W)));
+      prefetch.at(k * static_cast<std::int64_t>(sizeof(W)));
     }
     add_step<kRows, kOutputs>(sums, x + k, share.x_stride, weight + k, weight_stride);
   }
@@ -121,22 +152,25 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Pr
     }
     add_step<kRows, kOutputs>(sums, &x_padded[0][0], kStep, &weight_padded[0][0], kStep);
   }
+  Float4 bias = {};
+  if (share.bias) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) bias[o] = share.bias[group.n + o * group.run];
+  }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     float* out = share.out + (m + row) * share.out_stride + group.n;
-    const float* bias = share.bias ? share.bias + group.n : nullptr;
-    Float4 totals;
-    if constexpr (kOutputs == 4) {
-      totals = horizontal_sums(sums[row][0], sums[row][1], sums[row][2], sums[row][3]);
-    } else {
-      totals[0] = horizontal_sum(sums[row][0]);
+    const auto sum = [&](int o) { return o < kOutputs ? sums[row][o] : Float{}; };
+    Float4 totals = horizontal_sums(sum(0), sum(1), sum(2), sum(3));
+    totals += bias;
+    if (share.accumulate) {
+      Float4 old = {};
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) old[o] = out[o * group.run];
+      totals = old + totals;
     }
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) {
-      const std::int64_t n = o * group.run;
-      const float total = totals[o] + (bias ? bias[n] : 0.0f);
-      out[n] = share.accumulate ? out[n] + total : total;
-    }
+    for (int o = 0; o < kOutputs; ++o) out[o * group.run] = totals[o];
   }
 }
 
@@ -151,49 +185,52 @@ void matmul_tile_of(std::int64_t rows, const MatmulShare<X, W>& share, std::int6
   matmul_tile<kRows, kOutputs, kPrefetch>(share, m, group, prefetch);
 }
 
-// Rows m to m + num_rows against one group. The rows are cut into tiles that are as equal as can
-// be; between them, these prefetch the kOutputs rows of weights at `next`.
+// Rows m to m + num_rows against one group, in tiles that are as equal as can be. Where there are
+// several, they share out the prefetching of the group at `next`, unless that is null.
 template <int kOutputs, typename X, typename W>
 void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, std::int64_t num_rows,
                   Group group, const W* next) {
   const std::int64_t tiles = (num_rows + kTileRows - 1) / kTileRows;
   const auto cut = [&](std::int64_t parts, std::int64_t tile) { return parts * tile / tiles; };
+  const auto row_of_next = [&](std::int64_t output) {
+    return reinterpret_cast<const char*>(next + output * group.run * share.depth);
+  };
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t first = cut(num_rows, tile), last = cut(num_rows, tile + 1);
     const std::int64_t begin = cut(kOutputs, tile), end = cut(kOutputs, tile + 1);
-    if (tiles > 1 && begin < end && next != nullptr) {
-      const auto row = [&](std::int64_t output) {
-        return reinterpret_cast<const char*>(next + output * group.run * share.depth);
-      };
+    if (next != nullptr && tiles > 1 && begin < end) {
       matmul_tile_of<kTileRows, kOutputs, true>(last - first, share, m + first, group,
-                                                {row(begin), row(end - 1)});
+                                                {row_of_next(begin), row_of_next(end - 1)});
     } else {
       matmul_tile_of<kTileRows, kOutputs, false>(last - first, share, m + first, group, {});
     }
   }
 }
 
-// Rows of x that stay in a core's L2 cache while the weights stream past them.
+// Bytes of x that stay in a core's L2 cache while the weights stream past them.
 inline constexpr std::int64_t kCacheBytes = 512 * 1024;
 
 template <typename X, typename W>
 void matmul(const MatmulShare<X, W>& share) {
   const std::int64_t row_bytes = share.depth * static_cast<std::int64_t>(sizeof(X));
-  std::int64_t most_rows = kCacheBytes / row_bytes;
-  if (most_rows < 2 * kTileRows) most_rows = 2 * kTileRows;
+  const std::int64_t fit = kCacheBytes / row_bytes, least = 2 * kTileRows;
+  const std::int64_t most_rows = fit > least ? fit : least;
   const std::int64_t blocks = (share.num_rows + most_rows - 1) / most_rows;
   const std::int64_t run = share.num_outputs / kTileOutputs;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t m = share.num_rows * block / blocks;
     const std::int64_t rows = share.num_rows * (block + 1) / blocks - m;
     for (std::int64_t n = 0; n < run; ++n) {
-      const W* next = n + 1 < run          ? share.weight + (n + 1) * share.depth
-                      : block + 1 < blocks ? share.weight
-                                           : nullptr;
+      const W* next = nullptr;
+      if (n + 1 < run) {
+        next = share.weight + (n + 1) * share.depth;
+      } else if (block + 1 < blocks) {
+        next = share.weight;
+      }
       matmul_group<kTileOutputs>(share, m, rows, {n, run}, next);
     }
     for (std::int64_t n = run * kTileOutputs; n < share.num_outputs; ++n) {
-      matmul_group<1>(share, m, rows, {n, 0}, static_cast<const W*>(nullptr));
+      matmul_group<1, X, W>(share, m, rows, {n, 0}, nullptr);
     }
   }
 }

@@ -76,41 +76,6 @@ TINYVLLM_INLINE float horizontal_sum(Float v) {
 #endif
 }
 
-// The horizontal sums of four vectors, side by side: four trees as in horizontal_sum, to the bit.
-TINYVLLM_INLINE Float4 horizontal_sums(Float a, Float b, Float c, Float d) {
-#if defined(__AVX512F__)
-  // Each line halves what is left of every vector: 8 lanes of a and of b, then 4 of each of the
-  // four, then 2, then 1.
-  const Float ab =
-      __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-      __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  const Float cd =
-      __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-      __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  const Float abcd =
-      __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-      __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  const Float pairs = abcd + _mm512_permute_ps(abcd, 0b01'00'11'10);
-  const Float sums = pairs + _mm512_permute_ps(pairs, 0b10'11'00'01);
-  return __builtin_shufflevector(sums, sums, 0, 4, 8, 12);
-#elif defined(__AVX2__)
-  const Float ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
-                   __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  const Float cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11) +
-                   __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
-  const Float pairs = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
-                      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);  // a c b d
-  const Float sums = pairs + __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2, 5, 4, 7, 6);
-  return __builtin_shufflevector(sums, sums, 0, 4, 2, 6);
-#else
-  const Float ab =
-      __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  const Float cd =
-      __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-#endif
-}
-
 // e^x for x <= about 88, to within 2 units in the last place; 0 below about -87, also for -inf.
 // Range reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the first terms of the series
 // with coefficients fitted to the interval, as in Cephes' expf).
