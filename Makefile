@@ -13,7 +13,7 @@ CORE_FILES := $(shell find csrc third_party)
 CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build cuda demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
+.PHONY: help .venv build cuda compare demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
 	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -45,6 +45,11 @@ $(STAMPS)/dev: $(STAMPS)/venv requirements-dev.txt
 	$(BIN)/python $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
+# llama.cpp from source, with all instructions of this machine; else it is not what it can be.
+$(STAMPS)/bench: $(STAMPS)/venv requirements-bench.txt
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python $(PIP_INSTALL) --no-binary llama-cpp-python -r requirements-bench.txt
+	@touch $@
+
 $(STAMPS)/oracle: $(STAMPS)/venv requirements-oracle.txt
 	$(BIN)/python $(PIP_INSTALL) -r requirements-oracle.txt
 	@touch $@
@@ -65,6 +70,9 @@ cuda: $(STAMPS)/cuda  ## the same with the CUDA backend; NVIDIA's compiler comes
 demo: build  ## two stories by the bundled model
 	$(BIN)/tinyvllm generate --raw --prompt "Once upon a time"
 	$(BIN)/tinyvllm generate --prompt "Tell me a story about a brave fox"
+
+compare: build $(STAMPS)/bench  ## this engine beside others: benchmarks/results/compare.*; ARGS="--rounds 5"
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 docs: build  ## docs/cli.md, from the commands' own help
 	$(BIN)/python docs/make_cli.py

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import results
 from tinyvllm import LLM, SamplingParams
+from tinyvllm._core import default_num_threads
 from tinyvllm.llm import BUNDLED_MODEL
 
 Prompts = list[list[int]]
@@ -65,21 +66,26 @@ def mix(scale: float) -> dict[str, Any]:
     ]
     longest = [len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True)]
     tenth = max(max(longest), sum(longest) // 10) // 16 + 1
-    rows = {
-        "continuous": run(prompts, params),
-        "static": run(prompts, params, batching="static"),
-        "pool of a tenth": run(prompts, params, num_gpu_blocks_override=tenth),
-        "one at a time": run(prompts, params, max_num_seqs=1),
+    variants: dict[str, dict[str, Any]] = {
+        "continuous": {},
+        "static": {"batching": "static"},
+        "pool of a tenth": {"num_gpu_blocks_override": tenth},
+        "one at a time": {"max_num_seqs": 1},
     }
-    expected = rows["one at a time"]["tokens"]
-    for name, row in rows.items():
-        row["same tokens as one at a time"] = row.pop("tokens") == expected
+    rows: dict[str, dict[str, Any]] = {}
+    expected: list[list[int]] = []
+    for name, options in variants.items():
+        row = rows[name] = run(prompts, params, **options)
+        tokens = row.pop("tokens")
+        expected = expected or tokens
+        row["same tokens as continuous"] = tokens == expected
         print(
             f"{name:16s} {row['seconds']:7.1f} s  {row['output_tokens_per_second']:7.0f} tok/s  "
             f"{row['num_steps']:6d} steps  {row['num_preemptions']:4d} preemptions  "
             f"{row['prompt_tokens']:7d} prompt tokens computed  "
             f"KV {row['kv_cache_tokens']:6d} tokens  "
-            f"same tokens: {row['same tokens as one at a time']}"
+            f"same tokens: {row['same tokens as continuous']}",
+            flush=True,
         )
     ratio = rows["static"]["seconds"] / rows["continuous"]["seconds"]
     print(f"continuous / static throughput: {ratio:.2f}")
@@ -137,16 +143,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     parts = arguments.parts or ["prefix", "scheduling", "mix"]
-    results: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
+    figures: dict[str, Any] = {
+        "schema": 1,
+        **results.provenance(),
+        "machine": results.machine("cpu", default_num_threads()),
+    }
     for part in parts:
-        print(f"--- {part}")
-        results[part] = {
+        print(f"--- {part}", flush=True)
+        figures[part] = {
             "mix": lambda: mix(arguments.scale),
             "prefix": prefix,
             "scheduling": scheduling,
         }[part]()
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ one. Every row stands for itself:
 
     row, what       its name, and the work in words
     model           the shape of the seeded random weights (python -m tinyvllm.dummy)
-    measures        decode, prefill, throughput, start, start_text or memory (runner.py defines them)
+    measures        decode, prefill, throughput, first_token, load, start, start_text or memory:
+                  runner.py defines them
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
     machine         cpu, memory_bytes, device; num_threads that every peer was given
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
-    limit           the value that these limits allow by roofline.py, the median over rounds, or null
+    limit           the value that these limits allow (roofline.py), the median over rounds, or null
     peers           one object a peer:
       peer, version   as the adapter says
       missing         why it did not run, in which case nothing follows

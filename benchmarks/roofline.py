@@ -9,6 +9,7 @@ that of reading the keys and values of every sequence:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,24 @@ class ModelCost:
         """A step of num_tokens, of which one a sequence is sampled from; each attends to `context`
         positions on average."""
         read, rate = limits.read_bandwidth_bytes_per_second, limits.bf16_flops_per_second
-        flops = 2 * self.layer_parameters * num_tokens + 2 * self.head_parameters * num_sequences
+        flops = 2.0 * self.layer_parameters * num_tokens
+        flops += 2.0 * self.head_parameters * num_sequences
         flops += 4 * self.attention_width * num_tokens * context
         kv_bytes = _BYTES * self.kv_values_per_token * num_sequences * context
         return max(self.weight_bytes() / read, flops / rate) + kv_bytes / read
 
-    def prefill_seconds(
-        self, limits: MachineLimits, num_sequences: int, prompt_tokens: int
-    ) -> float:
-        return self.step_seconds(
-            limits, num_sequences * prompt_tokens, num_sequences, prompt_tokens / 2
-        )
+    def prefill_seconds(self, limits: MachineLimits, prompt_lengths: Sequence[int]) -> float:
+        tokens = sum(prompt_lengths)
+        context = sum(length * length / 2 for length in prompt_lengths) / tokens
+        return self.step_seconds(limits, tokens, len(prompt_lengths), context)
 
     def decode_seconds(
-        self, limits: MachineLimits, num_sequences: int, context: int, num_tokens: int
+        self, limits: MachineLimits, contexts: Sequence[int], num_tokens: Sequence[int]
     ) -> float:
-        """num_tokens steps after a context of that many tokens."""
-        middle = context + num_tokens / 2
-        return num_tokens * self.step_seconds(limits, num_sequences, num_sequences, middle)
+        """So many more tokens of each sequence, all in one batch from its context on."""
+        seconds = 0.0
+        for step in range(max(num_tokens)):
+            running = [c + step for c, n in zip(contexts, num_tokens, strict=True) if step < n]
+            mean = sum(running) / len(running)
+            seconds += self.step_seconds(limits, len(running), len(running), mean)
+        return seconds

@@ -2,12 +2,13 @@
 
 A benchmark is a list of rows and a call of main(). One row of one run:
 
-1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that is
-   not installed stays in the row, with the reason.
-2. A warm-up, which also yields the tokens that are checked: as many as were asked for, and the same
-   as this engine's up to a near tie. A peer that did other work is refused: no ratio is computed,
-   and the run ends with exit code 1.
-3. Rounds. Each measures the machine's limits and then every peer once; who begins rotates.
+1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that
+   is not installed stays in the row, with the reason.
+2. A short warm-up, then rounds. Each measures the machine's limits and then every peer once; who
+   begins rotates.
+3. In every round it is checked that there are as many tokens as were asked for, and in the first
+   one that they are this engine's up to a near tie. A peer that did other work is refused: no ratio
+   is computed, and the run ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import results
 from peers.peer import Outcome, TokenIds, Work
@@ -69,8 +69,12 @@ PEERS = {
     "llama.cpp": PeerSpec("llama.cpp", "peers.llama_cpp", ".gguf"),
     "openvino": PeerSpec("openvino", "peers.openvino_genai", ".openvino"),
     "transformers": PeerSpec("transformers", "peers.transformers"),
+    "llama-batched-bench": PeerSpec("llama-batched-bench", "peers.llama_batched_bench", ".gguf"),
     "ctranslate2": PeerSpec("ctranslate2", "peers.ctranslate2", ".ct2"),
 }
+
+
+Length = int | tuple[int, int]  # as it is, or drawn from first to last for each sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Row:
     measures  decode: output tokens after the first, a second
               prefill: prompt tokens a second until every sequence has its first token
               throughput: output tokens a second, of all sequences, from start to end
+              first_token: seconds until every sequence has its first token
+              load: seconds to load the engine, its libraries included
               start: seconds from the start of the process to the first token, of a prompt of ids
               start_text: the same of a text, with the tokenizer loaded
               memory: resident bytes of the process after a decode
@@ -91,61 +97,100 @@ class Row:
     model: str
     measures: str
     num_prompts: int = 1
-    prompt_len: int = 16
-    max_tokens: int = 64
+    prompt_len: Length = 16
+    max_tokens: Length = 64
     must: float | None = None
 
     @property
     def unit(self) -> str:
-        return {"start": "s", "start_text": "s", "memory": "bytes"}.get(self.measures, "tok/s")
+        if self.measures == "memory":
+            return "bytes"
+        return "tok/s" if self.measures in ("decode", "prefill", "throughput") else "s"
+
+    def scaled_by(self, divisor: int) -> Row:
+        """The row with shorter and fewer sequences, and the name and words of what it is then."""
+        if divisor == 1:
+            return self
+
+        def scale(length: Length) -> Length:
+            if isinstance(length, int):
+                return max(1, length // divisor)
+            return (max(1, length[0] // divisor), max(1, length[1] // divisor))
+
+        tokens = scale(self.max_tokens)
+        if self.max_tokens != 1 and isinstance(tokens, int):
+            tokens = max(2, tokens)  # a decode has a second token
+        return dataclasses.replace(
+            self,
+            what=f"{self.what}, all divided by {divisor}",
+            num_prompts=max(1, self.num_prompts // divisor),
+            prompt_len=scale(self.prompt_len),
+            max_tokens=tokens,
+            must=None,
+        )
+
+    def longest(self) -> int:
+        """Tokens of prompt and output that a sequence may have."""
+        ends = [n if isinstance(n, int) else n[1] for n in (self.prompt_len, self.max_tokens)]
+        return sum(ends)
 
     def work(self, vocab_size: int) -> Work:
         """Random prompts without special tokens, the same for every peer and in every run."""
         generator = random.Random(0)
         highest = min(vocab_size, 128_000) - 1
+
+        def draw(length: Length) -> int:
+            return length if isinstance(length, int) else generator.randint(*length)
+
         prompts = [
-            [generator.randint(min(256, highest // 2), highest) for _ in range(self.prompt_len)]
+            [
+                generator.randint(min(256, highest // 2), highest)
+                for _ in range(draw(self.prompt_len))
+            ]
             for _ in range(self.num_prompts)
         ]
-        return Work(prompts, self.max_tokens)
+        return Work(prompts, [draw(self.max_tokens) for _ in prompts])
 
-    def value(self, outcome: Outcome) -> float:
-        if self.measures == "decode":
-            steps = self.max_tokens - 1
-            return self.num_prompts * steps / (outcome.seconds - outcome.first_token_seconds)
-        if self.measures == "prefill":
-            return self.num_prompts * self.prompt_len / outcome.first_token_seconds
-        return self.num_prompts * self.max_tokens / outcome.seconds
+    def value(self, work: Work, outcome: Outcome) -> float:
+        return self._rate(
+            work, outcome.first_token_seconds, outcome.seconds - outcome.first_token_seconds
+        )
 
-    def limit(self, cost: ModelCost, limits: MachineLimits) -> float | None:
+    def limit(self, work: Work, cost: ModelCost, limits: MachineLimits) -> float | None:
         if self.measures == "memory":
             return float(cost.weight_bytes())
-        if self.unit != "tok/s":
+        if self.measures in ("load", "start", "start_text"):
             return None
-        prefill = cost.prefill_seconds(limits, self.num_prompts, self.prompt_len)
-        steps = self.max_tokens - 1
-        decode = cost.decode_seconds(limits, self.num_prompts, self.prompt_len, steps)
+        lengths = [len(prompt) for prompt in work.prompts]
+        steps = [count - 1 for count in work.max_tokens]
+        decode = cost.decode_seconds(limits, lengths, steps) if max(steps) else 0.0
+        return self._rate(work, cost.prefill_seconds(limits, lengths), decode)
+
+    def _rate(self, work: Work, prefill: float, decode: float) -> float:
+        """The value, given the seconds to the first tokens and from there to the end."""
         if self.measures == "decode":
-            return self.num_prompts * steps / decode
+            return (sum(work.max_tokens) - len(work.prompts)) / decode
         if self.measures == "prefill":
-            return self.num_prompts * self.prompt_len / prefill
-        return self.num_prompts * self.max_tokens / (prefill + decode)
+            return sum(map(len, work.prompts)) / prefill
+        if self.measures == "first_token":
+            return prefill
+        return sum(work.max_tokens) / (prefill + decode)
 
 
 # --- Peers as processes ---------------------------------------------------------------------------
 
 
 class PeerProcess:
-    """One peer, loaded for one row. A context manager."""
+    """One peer, loaded for one row."""
 
     def __init__(self, spec: PeerSpec, arguments: Sequence[str]) -> None:
         self.spec = spec
         self._process = start(spec, ["serve", *arguments])
-        self.version = str(read_answer(spec, self._process.stdout))
+        self.load_seconds: float
+        self.load_seconds = read_answer(spec, self._process.stdout)
 
     def run(self, work: Work) -> Outcome:
-        answer = self._ask(dataclasses.asdict(work))
-        return Outcome(**answer)
+        return Outcome(**self._ask(dataclasses.asdict(work)))
 
     def near_misses(self, prompts: list[TokenIds], tokens: TokenIds) -> list[float]:
         gaps: list[float] = self._ask({"near_misses": [prompts, tokens]})
@@ -156,25 +201,16 @@ class PeerProcess:
         (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
         return int(line.split()[1]) * 1024
 
-    def _ask(self, request: Json) -> Json:
+    def _ask(self, request: Json) -> Any:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise PeerError(f"{self.spec.name}: its process has ended") from None
-        answer: Json = read_answer(self.spec, self._process.stdout)
-        return answer
+        return read_answer(self.spec, self._process.stdout)
 
-    def __enter__(self) -> PeerProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -193,7 +229,7 @@ def start(spec: PeerSpec, arguments: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def read_answer(spec: PeerSpec, pipe: IO[str] | None) -> object:
+def read_answer(spec: PeerSpec, pipe: IO[str] | None) -> Any:
     assert pipe is not None
     line = pipe.readline()
     if not line:
@@ -212,10 +248,11 @@ def read_answer(spec: PeerSpec, pipe: IO[str] | None) -> object:
 def check_counts(work: Work, outcome: Outcome) -> None:
     """Throws DifferentWorkError unless there are exactly the tokens that were asked for."""
     lengths = [len(tokens) for tokens in outcome.tokens]
-    if lengths != [work.max_tokens] * len(work.prompts):
+    if lengths != work.max_tokens:
         raise DifferentWorkError(
-            f"{len(work.prompts)} sequences of {work.max_tokens} tokens were asked for, "
-            f"{len(lengths)} came, of {min(lengths, default=0)} to {max(lengths, default=0)} tokens"
+            f"{len(work.prompts)} sequences of {min(work.max_tokens)} to {max(work.max_tokens)} "
+            f"tokens were asked for, {sum(work.max_tokens)} together; {len(lengths)} came, of "
+            f"{min(lengths, default=0)} to {max(lengths, default=0)}, {sum(lengths)} together"
         )
 
 
@@ -234,7 +271,7 @@ def check_agreement(
         next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
         for ours, theirs in zip(reference.tokens, outcome.tokens, strict=True)
     ]
-    differing = [s for s, prefix in enumerate(prefixes) if prefix < work.max_tokens]
+    differing = [s for s, prefix in enumerate(prefixes) if prefix < work.max_tokens[s]]
     gaps = []
     if differing:
         gaps = near_misses(
@@ -244,8 +281,8 @@ def check_agreement(
     for s, gap in zip(differing, gaps, strict=True):
         if gap > NEAR_TIE:
             raise DifferentWorkError(
-                f"token {prefixes[s]} of sequence {s} is {outcome.tokens[s][prefixes[s]]}, which is "
-                f"{gap:.1f} nats less likely than {reference.tokens[s][prefixes[s]]}; "
+                f"token {prefixes[s]} of sequence {s} is {outcome.tokens[s][prefixes[s]]}, which "
+                f"is {gap:.1f} nats less likely than {reference.tokens[s][prefixes[s]]}; "
                 f"a near tie is {NEAR_TIE:.1f} at the most"
             )
     return {
@@ -296,7 +333,7 @@ class Bench:
         columns = [self._prepared(spec, checkpoint, row) for spec in self.peers]
         config = json.loads((checkpoint / "config.json").read_text())
         work = row.work(config["vocab_size"])
-        timed_whole = row.measures in ("start", "start_text")
+        timed_whole = row.measures in ("load", "start", "start_text")
         limits = (self._time_starts if timed_whole else self._time_work)(
             row, work, checkpoint, columns
         )
@@ -304,7 +341,11 @@ class Bench:
 
     def _prepared(self, spec: PeerSpec, checkpoint: Path, row: Row) -> _Column:
         column = _Column(spec)
-        arguments = ["--checkpoint", str(checkpoint), *self._model_argument(spec, checkpoint)]
+        arguments = [
+            "--checkpoint",
+            str(checkpoint.resolve()),
+            *self._model_argument(spec, checkpoint),
+        ]
         if row.measures == "start_text":
             arguments.append("--tokenizer")
         process = start(spec, ["prepare", *arguments])
@@ -319,12 +360,11 @@ class Bench:
         return ["--model", str(checkpoint.with_name(checkpoint.name + spec.suffix).resolve())]
 
     def _arguments(self, spec: PeerSpec, checkpoint: Path, row: Row) -> list[str]:
-        room = row.prompt_len + row.max_tokens
         return [
             *self._model_argument(spec, checkpoint),
             *("--num-threads", str(self.num_threads)),
             *("--max-num-seqs", str(row.num_prompts)),
-            *("--max-model-len", str(-(-room // 256) * 256)),
+            *("--max-model-len", str(-(-row.longest() // 256) * 256)),
             *("--device", self.device),
         ]
 
@@ -342,59 +382,62 @@ class Bench:
                     )
                 except PeerError as error:
                     column.missing = str(error)
-            self._warm_up(row, work, columns, processes)
+            self._warm_up(work, columns, processes)
             limits = []
+            reference: Outcome | None = None
             for number in range(self.rounds):
                 limits.append(self._limits())
+                # In the first round the reference goes first.
                 for column in _rotated(columns, number):
                     if column.missing or column.refused:
                         continue
                     process = processes[column.spec.name]
                     outcome = process.run(work)
-                    check_counts(work, outcome)
+                    try:
+                        check_counts(work, outcome)
+                        if reference is None:
+                            reference = outcome
+                        elif (
+                            not outcome.own_prompts
+                            and column.agreement is None
+                            and column is not columns[0]
+                        ):
+                            reference_process = processes[columns[0].spec.name]
+                            column.agreement = check_agreement(
+                                work, reference, outcome, reference_process.near_misses
+                            )
+                    except DifferentWorkError as error:
+                        if column is columns[0]:
+                            raise
+                        column.refused = str(error)
+                        continue
+                    column.output_tokens = sum(map(len, outcome.tokens))
                     if row.measures == "memory":
                         column.values.append(process.resident_bytes())
                     else:
-                        column.values.append(row.value(outcome))
+                        column.values.append(row.value(work, outcome))
             return limits
         finally:
             for process in processes.values():
-                process.__exit__(None, None, None)
+                process.close()
 
     def _warm_up(
-        self,
-        row: Row,
-        work: Work,
-        columns: list[_Column],
-        processes: dict[str, PeerProcess],
+        self, work: Work, columns: list[_Column], processes: dict[str, PeerProcess]
     ) -> None:
-        """Runs the work once, untimed, and checks what came of it."""
+        """All prompts, and one step more: what is made at first use is made."""
         first = columns[0]
+        for column in columns:
+            if not column.missing:
+                try:
+                    processes[column.spec.name].run(
+                        Work(work.prompts, [min(2, count) for count in work.max_tokens])
+                    )
+                except PeerError as error:
+                    column.missing = str(error)
         if first.missing:
             raise PeerError(
-                f"{first.spec.name}, which the others are checked against, {first.missing}"
+                f"{first.spec.name}, which the others are checked against: {first.missing}"
             )
-        reference: Outcome | None = None
-        for column in columns:
-            if column.missing:
-                continue
-            process = processes[column.spec.name]
-            try:
-                outcome = process.run(work)
-                check_counts(work, outcome)
-                column.output_tokens = sum(map(len, outcome.tokens))
-                if reference is None:
-                    reference = outcome
-                else:
-                    column.agreement = check_agreement(
-                        work, reference, outcome, processes[first.spec.name].near_misses
-                    )
-            except DifferentWorkError as error:
-                if column is first:
-                    raise
-                column.refused = str(error)
-            except PeerError as error:
-                column.missing = str(error)
 
     def _time_starts(
         self, row: Row, work: Work, checkpoint: Path, columns: list[_Column]
@@ -416,14 +459,15 @@ class Bench:
                 began = time.perf_counter()
                 process = start(column.spec, ["first-token", *arguments])
                 try:
-                    token_ids = read_answer(column.spec, process.stdout)
+                    load_seconds, token_ids = read_answer(column.spec, process.stdout)
                     seconds = time.perf_counter() - began
                 except PeerError as error:
+                    if column is columns[0]:
+                        raise
                     column.missing = str(error)
                     continue
                 finally:
                     process.communicate()
-                assert isinstance(token_ids, list)
                 if expected is None:
                     expected = token_ids
                 if token_ids[:-1] != expected[:-1]:
@@ -439,7 +483,7 @@ class Bench:
                     "shortest_common_prefix": int(token_ids == expected),
                 }
                 if number >= 0:
-                    column.values.append(seconds)
+                    column.values.append(load_seconds if row.measures == "load" else seconds)
         return limits
 
     def _limits(self) -> MachineLimits:
@@ -454,7 +498,7 @@ class Bench:
         limits: list[MachineLimits],
     ) -> Json:
         cost = ModelCost.of(checkpoint)
-        allowed = [row.limit(cost, each) for each in limits]
+        allowed = [row.limit(work, cost, each) for each in limits]
         first = columns[0]
         smaller_is_better = row.unit != "tok/s"
         peers: list[Json] = []
@@ -523,10 +567,21 @@ def _rotated(columns: list[_Column], number: int) -> list[_Column]:
 # --- The command line of every benchmark ----------------------------------------------------------
 
 
-def parse(description: str, rows: Sequence[Row], peers: Sequence[str]) -> argparse.Namespace:
+def parse(
+    description: str, rows: Sequence[Row], peers: Sequence[str], device: str = "cpu"
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("rows", nargs="*", help="names of rows; none: all of them")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--scaled-by",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide lengths and sequences by N, to try a script where its rows take too long",
+    )
+    parser.add_argument("--model", help="a directory of --models instead of each row's own")
     parser.add_argument("--models", type=Path, default=MODELS, help="where weights are written")
     parser.add_argument("--num-threads", type=int, default=default_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
@@ -547,8 +602,8 @@ def main(
     output: Path,
     device: str = "cpu",
 ) -> list[Json]:
-    """Runs the rows that the command line names, prints each as it is done, and writes the files."""
-    arguments = parse(description, rows, peers)
+    """Runs the rows that the command line names, prints each when done, and writes the files."""
+    arguments = parse(description, rows, peers, device)
     if arguments.list:
         for row in rows:
             print(f"{row.name:16s} {row.what}")
@@ -565,14 +620,20 @@ def main(
         peers=specs,
         num_threads=arguments.num_threads,
         rounds=arguments.rounds,
-        device=device,
+        device=arguments.device,
         command=_command(arguments.rounds),
     )
     refused = False
     for row in rows:
         if arguments.rows and row.name not in arguments.rows:
             continue
-        result = bench.run(row)
+        if arguments.model:
+            what = f"{row.what}, with {arguments.model}"
+            row = dataclasses.replace(row, model=arguments.model, what=what, must=None)
+        try:
+            result = bench.run(row.scaled_by(arguments.scaled_by))
+        except (PeerError, DifferentWorkError) as error:
+            sys.exit(f"error: {row.name}: {error}")
         print_row(result)
         results.put_row(path, result, [row.name for row in rows])
         refused = refused or any(peer.get("refused") for peer in result["peers"])

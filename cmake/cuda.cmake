@@ -78,8 +78,18 @@ if(tinyvllm_cuda STREQUAL "ON")
   set(CMAKE_CUDA_COMPILER ${TINYVLLM_NVCC})
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # linked below, by its full path
   enable_language(CUDA)
+  find_library(TINYVLLM_CUDART libcudart_static.a NO_DEFAULT_PATH
+               HINTS ${CMAKE_CUDA_HOST_IMPLICIT_LINK_DIRECTORIES} ${tinyvllm_cuda_root}/lib
+                     ${tinyvllm_cuda_root}/lib64 ${tinyvllm_cuda_root}/targets/x86_64-linux/lib)
+  if(NOT TINYVLLM_CUDART)
+    message(FATAL_ERROR "libcudart_static.a is not beside ${TINYVLLM_NVCC}. Run `make cuda`, or "
+                        "install the CUDA toolkit as a whole.")
+  endif()
+  # Nothing else of the toolkit's directories: one may hold a libstdc++ that is not the compiler's.
+  set(CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES "")
+  set(CMAKE_CUDA_HOST_IMPLICIT_LINK_DIRECTORIES "")
   list(JOIN cards ", " cards)
   set(tinyvllm_cuda_summary "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${cards}")
 endif()

@@ -464,19 +464,19 @@ def test_ctrl_c_prints_what_was_measured_and_the_bar_has_the_time_left() -> None
 
 def test_ctrl_c_keeps_the_points_that_are_done() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "latency", "--no-limits", "-p", "4,8", "-n", "4", "-r", "500", "-o", "jsonl"],
+        [*COMMAND, "latency", "--no-limits", "-p", "4,1500", "-n", "4", "-r", "100", "-o", "jsonl"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     first = json.loads(process.stdout.readline())
-    assert (first["input_len"], first["repeats"]) == (4, 500)
+    assert (first["input_len"], first["repeats"]) == (4, 100)
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == b""  # no terminal, no bar
     rows = [json.loads(line) for line in rest.splitlines()]
-    assert all(row["input_len"] == 8 and 0 < row["repeats"] < 500 for row in rows)
+    assert all(row["input_len"] == 1500 and 0 < row["repeats"] < 100 for row in rows)
     assert all(row["completed"] == row["repeats"] for row in rows)
 
 

@@ -287,13 +287,13 @@ def test_a_word_without_end_does_not_hold_the_text_back() -> None:
 
 
 def test_an_answer_comes_while_it_is_made(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("--seed", "1", "--ignore-eos", "-n", "1500", "--temperature", "1.5")
+    chat = terminal("--seed", "1", "--ignore-eos", "-n", "600", "--temperature", "1.5")
     chat.expect(r"bundled: bfloat16.*\n.*/help lists the commands, Ctrl-D leaves")
     chat.line(FOX)
     began = time.monotonic()
     chat.expect(r"\w+ \w+")
     first = time.monotonic() - began
-    chat.expect(r"cut off after 1500 tokens \(--max-tokens\)")
+    chat.expect(r"cut off after 600 tokens \(--max-tokens\)")
     assert first < 0.5 * (time.monotonic() - began)
     chat.prompt()
     chat.send("\x04")

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
+import devices
 from tinyvllm import _core
 from tinyvllm.errors import DeviceError, InvalidRequestError
-from tinyvllm.limits import measure_limits
+from tinyvllm.limits import measure_cuda_limits, measure_limits
 
 
 def test_no_copy_reads_faster_than_the_limit() -> None:
@@ -58,8 +59,20 @@ def test_a_time_that_makes_no_sense_is_refused(measure: object, seconds: float) 
         measure(_core.CpuContext(1), seconds)  # type: ignore[operator]
 
 
-def test_devices_are_those_of_the_engine() -> None:
+def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match='device is "tpu"'):
         measure_limits("tpu")
-    with pytest.raises(DeviceError, match="device cuda"):
+
+
+@pytest.mark.skipif(_core.cuda_build() != "none", reason="this build has CUDA")
+def test_a_build_without_cuda_says_so_and_auto_takes_the_cpu() -> None:
+    with pytest.raises(DeviceError, match="device cuda: this build has the CPU engine only"):
         measure_limits("cuda")
+    assert measure_limits("auto").bf16_flops_per_second > 0
+
+
+@pytest.mark.skipif(not devices.has_cuda(), reason="needs CUDA, real or emulated")
+def test_a_card_has_limits() -> None:
+    limits = measure_cuda_limits(rows=16, outputs=64, depth=64)
+    assert limits.read_bandwidth_bytes_per_second > 0
+    assert limits.bf16_flops_per_second > 0

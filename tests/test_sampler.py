@@ -226,6 +226,49 @@ def test_each_option_does_what_the_reference_does(options: dict[str, Any], vocab
         assert case.token(seed) == case.want(seed)
 
 
+# Rows of many blocks, flat and steep, where nearly all tokens are passed over by a bound.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.3},
+        {"temperature": 3.0},
+        {"min_p": 0.02},
+        {"top_k": 2},
+        {"top_k": 40, "top_p": 0.7},
+        {"top_k": 3000},
+        {"top_p": 0.9},
+        {"top_p": 0.02},
+        {"top_p": 0.5, "min_p": 0.001},
+        {"top_p": 0.5, "logit_bias": [(3000, 9.0)], "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_long_rows_give_what_the_reference_gives(options: dict[str, Any], spread: float) -> None:
+    for seed in range(25):
+        logits = random_logits(seed, 5003) * np.float32(spread)
+        case = Case(logits, options, [1, 2, 2], [2, 3, 3, 5])
+        assert case.token(seed) == case.want(seed)
+
+
+def test_greedy_ties_far_apart_go_to_the_lowest_id() -> None:
+    for first in (0, 255, 256, 700):
+        logits = np.zeros(1001, np.float32)
+        logits[[first, 900, 1000]] = 2.0
+        assert Case(logits, {"temperature": 0.0}).token(0) == first
+
+
+@pytest.mark.parametrize("place", [0, 17, 255, 256, 1000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_is_found_anywhere(place: int, bad: float) -> None:
+    logits = np.zeros(1001, np.float32)
+    logits[place] = bad
+    with pytest.raises(TinyvllmError, match="not a finite number"):
+        Case(logits, {}).token(0)
+
+
 def test_all_options_together_do_what_the_reference_does() -> None:
     for number, choice in enumerate(itertools.product(*OPTIONS.values())):
         options = {key: value for part in choice for key, value in part.items()}

@@ -34,6 +34,7 @@ class Ctranslate2(Peer):
         self._words: list[str] = json.loads((settings.model / "vocabulary.json").read_text())
 
     def run(self, work: Work) -> Outcome:
+        max_tokens = work.even()
         waiting, first_token_seconds = len(work.prompts), 0.0
 
         def note_time(result: object) -> bool:
@@ -48,8 +49,8 @@ class Ctranslate2(Peer):
         began = time.perf_counter()
         results = self._generator.generate_batch(
             prompts,
-            max_length=work.max_tokens,
-            min_length=work.max_tokens,
+            max_length=max_tokens,
+            min_length=max_tokens,
             sampling_topk=1,
             end_token=[],
             include_prompt_in_result=False,

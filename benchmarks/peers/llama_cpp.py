@@ -31,7 +31,7 @@ class LlamaCpp(Peer):
         api.llama_log_set(self._log, None)
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
-        model_params.n_gpu_layers = 0
+        model_params.n_gpu_layers = 0 if settings.device == "cpu" else 999
         if not settings.tokenizer:  # ids in, ids out: the vocabulary stays in the file
             overrides = (api.llama_model_kv_override * 2)()
             overrides[0].tag = 3  # a string
@@ -66,12 +66,10 @@ class LlamaCpp(Peer):
             group.append(sequence)
         self._prefill(group, work, tokens)
         first_token_seconds = time.perf_counter() - began
-        for step in range(work.max_tokens - 1):
-            rows = [
-                (tokens[s][-1], len(prompt) + step, s, True)
-                for s, prompt in enumerate(work.prompts)
-            ]
-            for sequence, token in enumerate(self._decode(rows)):
+        for step in range(max(work.max_tokens) - 1):
+            running = [s for s, count in enumerate(work.max_tokens) if len(tokens[s]) < count]
+            rows = [(tokens[s][-1], len(work.prompts[s]) + step, s, True) for s in running]
+            for sequence, token in zip(running, self._decode(rows), strict=True):
                 tokens[sequence].append(token)
         return Outcome(tokens, time.perf_counter() - began, first_token_seconds)
 

@@ -15,8 +15,8 @@ class OpenvinoGenai(Peer):
 
         if not model.exists():
             write_openvino(checkpoint, model)
-        if tokenizer and not (model / "openvino_tokenizer.xml").exists():
-            write_tokenizer(checkpoint, model)
+        if tokenizer and not _tokenizer_of(model).exists():
+            write_tokenizer(checkpoint, _tokenizer_of(model))
 
     def __init__(self, settings: Settings) -> None:
         import openvino_genai as genai
@@ -33,6 +33,8 @@ class OpenvinoGenai(Peer):
             # Its default is 8 bits, which gives other tokens and is not the same work.
             "KV_CACHE_PRECISION": "bf16",
         }
+        if settings.tokenizer:
+            self._tokenizer = genai.Tokenizer(str(_tokenizer_of(settings.model)))
         self._next_id = 0
         self._pipeline = genai.ContinuousBatchingPipeline(
             str(settings.model), scheduler, "CPU", properties, {}
@@ -42,14 +44,17 @@ class OpenvinoGenai(Peer):
         import numpy as np
         import openvino as ov
 
-        config = self._genai.GenerationConfig()
-        config.max_new_tokens = work.max_tokens
-        config.ignore_eos = True
-        config.do_sample = False
+        configs = []
+        for count in work.max_tokens:
+            config = self._genai.GenerationConfig()
+            config.max_new_tokens = count
+            config.ignore_eos = True
+            config.do_sample = False
+            configs.append(config)
         prompts = [ov.Tensor(np.asarray([prompt], np.int64)) for prompt in work.prompts]
         began = time.perf_counter()
         handles = []
-        for prompt in prompts:
+        for prompt, config in zip(prompts, configs, strict=True):
             handles.append(self._pipeline.add_request(self._next_id, prompt, config))
             self._next_id += 1
         while not all(handle.can_read() for handle in handles):
@@ -62,7 +67,7 @@ class OpenvinoGenai(Peer):
         return Outcome(tokens, seconds, first_token_seconds)
 
     def encode(self, text: str) -> TokenIds:
-        ids = self._pipeline.get_tokenizer().encode(text).input_ids
+        ids = self._tokenizer.encode(text).input_ids
         return [int(token) for token in ids.data[0]]
 
     @staticmethod
@@ -71,6 +76,11 @@ class OpenvinoGenai(Peer):
 
         number = openvino_genai.get_version().split("-")[0]
         return f"OpenVINO GenAI {number}, KV cache in bfloat16"
+
+
+def _tokenizer_of(model: Path) -> Path:
+    """Beside the model, not in it: a pipeline loads what lies in it, needed or not."""
+    return model.with_suffix(".openvino_tokenizer")
 
 
 if __name__ == "__main__":

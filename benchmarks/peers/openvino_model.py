@@ -1,8 +1,9 @@
 """Writes a checkpoint directory as an OpenVINO model, as OpenVINO GenAI reads it: same weights.
 
-The usual way is optimum-intel, which holds Transformers back by a major version. The graph is short:
-a stateful decoder, inputs input_ids, attention_mask, position_ids and beam_idx, output logits; GenAI
-replaces its caches and its attention by paged ones.
+The usual way is optimum-intel, which cannot be installed beside the Transformers of
+requirements-bench.txt. The graph is short: a stateful decoder with the inputs input_ids,
+attention_mask, position_ids and beam_idx and the output logits; GenAI replaces its caches and its
+attention by paged ones.
 """
 
 from __future__ import annotations
@@ -34,15 +35,19 @@ def write_openvino(checkpoint: Path, directory: Path) -> None:
 
 
 def write_tokenizer(checkpoint: Path, directory: Path) -> None:
-    """Adds the checkpoint's tokenizer to a directory that write_openvino made."""
+    """Writes the checkpoint's tokenizer as an OpenVINO model."""
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     tokenizer, detokenizer = convert_tokenizer(
         AutoTokenizer.from_pretrained(checkpoint), with_detokenizer=True
     )
-    ov.save_model(tokenizer, directory / "openvino_tokenizer.xml")
-    ov.save_model(detokenizer, directory / "openvino_detokenizer.xml")
+    ov.save_model(tokenizer, partial / "openvino_tokenizer.xml")
+    ov.save_model(detokenizer, partial / "openvino_detokenizer.xml")
+    partial.rename(directory)
 
 
 def _input(shape: list[int], dtype: type[np.generic], name: str) -> Any:

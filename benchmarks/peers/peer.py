@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ TokenIds = list[int]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Greedy continuations of all prompts at once, each of exactly max_tokens tokens: eos is an
-    ordinary token."""
+    """Greedy continuations of all prompts at once, each of exactly as many tokens as are asked for:
+    eos is an ordinary token."""
 
     prompts: list[TokenIds]
-    max_tokens: int
+    max_tokens: list[int]  # of each
+
+    def even(self) -> int:
+        """The number of tokens, where all sequences are of one shape."""
+        if len(set(self.max_tokens)) > 1 or len({len(prompt) for prompt in self.prompts}) > 1:
+            raise ValueError("sequences of several lengths would have to be padded: other work")
+        return self.max_tokens[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Outcome:
     tokens: list[TokenIds]
     seconds: float
     first_token_seconds: float  # until every prompt has its first token
+    own_prompts: bool = (
+        False  # it takes prompts of its own, of the same lengths: no tokens to check
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Peer(abc.ABC):
 
         Engines that read Hugging Face checkpoints are given the checkpoint itself.
         """
+        if model != checkpoint:
+            raise NotImplementedError(f"nothing writes {model.name}")
 
     @abc.abstractmethod
     def __init__(self, settings: Settings) -> None: ...
@@ -93,6 +105,9 @@ class Peer(abc.ABC):
 
 def main(peer: type[Peer]) -> None:
     """The process of one adapter."""
+    # What lies beside this package is not for the engines: Transformers would import kernels.py.
+    here = Path(__file__).resolve().parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     # Engines print to standard output, too; what they say goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -124,12 +139,18 @@ def main(peer: type[Peer]) -> None:
         tokenizer=arguments.text is not None,
     )
     if arguments.command == "first-token":
-        try_to(lambda: _first_token(peer(settings), arguments))
+        try_to(lambda: _first_token(peer, settings, arguments))
         answers.close()
         os._exit(0)  # the time until here is what counts; freeing is nobody's wait
 
     loaded: list[Peer] = []
-    try_to(lambda: loaded.append(peer(settings)) or peer.version())
+
+    def load() -> float:
+        began = time.perf_counter()
+        loaded.append(peer(settings))
+        return time.perf_counter() - began
+
+    try_to(load)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if "near_misses" in request:
@@ -144,12 +165,18 @@ def _prepare(peer: type[Peer], arguments: argparse.Namespace) -> str:
     return version
 
 
-def _first_token(peer: Peer, arguments: argparse.Namespace) -> TokenIds:
+def _first_token(
+    peer_class: type[Peer], settings: Settings, arguments: argparse.Namespace
+) -> tuple[float, TokenIds]:
+    """The seconds to load, and the prompt's ids with the first token behind them."""
+    began = time.perf_counter()
+    peer = peer_class(settings)
+    load_seconds = time.perf_counter() - began
     if arguments.text is not None:
         prompt = peer.encode(arguments.text)
     else:
         prompt = [int(token) for token in arguments.ids.split(",")]
-    return [*prompt, *peer.run(Work([prompt], 1)).tokens[0]]
+    return load_seconds, [*prompt, *peer.run(Work([prompt], [1])).tokens[0]]
 
 
 def _parse() -> argparse.Namespace:

@@ -25,7 +25,7 @@ class Tinyvllm(Peer):
         )
 
     def run(self, work: Work) -> Outcome:
-        params = _greedy(work.max_tokens)
+        params = [_greedy(count) for count in work.max_tokens]
         tokens: list[TokenIds] = [[] for _ in work.prompts]
         waiting, first_token_seconds = len(work.prompts), 0.0
         began = time.perf_counter()
@@ -45,7 +45,9 @@ class Tinyvllm(Peer):
         outputs = self._llm.generate(prompts, _greedy(1, logprobs=_LOGPROBS), use_tqdm=False)
         misses = []
         for output, token in zip(outputs, tokens, strict=True):
-            entries = output.outputs[0].logprobs[0]
+            logprobs = output.outputs[0].logprobs
+            assert logprobs is not None
+            entries = logprobs[0]
             best = max(entry.logprob for entry in entries.values())
             misses.append(best - entries[token].logprob if token in entries else float("inf"))
         return misses

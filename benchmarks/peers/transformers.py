@@ -22,8 +22,7 @@ class Transformers(Peer):
         self._model.eval().to(settings.device)
 
     def run(self, work: Work) -> Outcome:
-        if len({len(prompt) for prompt in work.prompts}) > 1:
-            raise ValueError("prompts of several lengths would have to be padded: other work")
+        max_tokens = work.even()
         arrived: list[float] = []
 
         def note_time(input_ids: Any, scores: Any, **_: Any) -> Any:
@@ -39,8 +38,8 @@ class Transformers(Peer):
                 batch,
                 attention_mask=self._torch.ones_like(batch),
                 do_sample=False,
-                max_new_tokens=work.max_tokens,
-                min_new_tokens=work.max_tokens,  # never eos: the run does not end early
+                max_new_tokens=max_tokens,
+                min_new_tokens=max_tokens,  # never eos: the run does not end early
                 pad_token_id=0,
                 stopping_criteria=[note_time],
             )

@@ -20,18 +20,24 @@ void pause() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: spins for about the time between two ops of one forward
-// pass, where waking a sleeper would cost more than the wait, and then sleeps.
-void wait_while_equal(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
-  constexpr auto kSpin = std::chrono::microseconds(50);
+// Waits until `ready(value)` and returns the value: spins for about the time between two ops of one
+// forward pass, where waking a sleeper would cost more than the wait, and then sleeps.
+template <typename Ready>
+std::uint32_t wait_until(const std::atomic<std::uint32_t>& value, Ready&& ready) {
+  constexpr auto kSpin = std::chrono::microseconds(20);
   const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  while (std::chrono::steady_clock::now() < deadline) {
+  do {
     for (int i = 0; i < 64; ++i) {
-      if (value.load(std::memory_order_acquire) != old) return;
+      const std::uint32_t now = value.load(std::memory_order_acquire);
+      if (ready(now)) return now;
       pause();
     }
+  } while (std::chrono::steady_clock::now() < deadline);
+  for (;;) {
+    const std::uint32_t now = value.load(std::memory_order_acquire);
+    if (ready(now)) return now;
+    value.wait(now, std::memory_order_acquire);
   }
-  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
 }  // namespace
@@ -67,8 +73,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::stop_and_join() {
   stop_.store(true, std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
+  state_.fetch_add(State::kSerial | State::kOpen, std::memory_order_release);
+  state_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -81,13 +87,12 @@ void ThreadPool::run(const Job& job) {
   job_ = job;
   next_.store(0, std::memory_order_relaxed);
   if (!threads_.empty() && job.count > 1) {
-    busy_workers_.store(static_cast<Count>(threads_.size()), std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
+    state_.fetch_add(State::kSerial | State::kOpen, std::memory_order_release);
+    state_.notify_all();
     work(0);
-    for (Count busy = busy_workers_.load(std::memory_order_acquire); busy != 0;
-         busy = busy_workers_.load(std::memory_order_acquire)) {
-      wait_while_equal(busy_workers_, busy);
+    const std::uint32_t left = state_.fetch_and(~State::kOpen, std::memory_order_acq_rel);
+    if ((left & State::kMembers) != 0) {
+      wait_until(state_, [](std::uint32_t state) { return (state & State::kMembers) == 0; });
     }
   } else {
     work(0);
@@ -110,12 +115,21 @@ void ThreadPool::work(int worker) {
 }
 
 void ThreadPool::worker_loop(int worker) {
-  for (Count seen = 0;;) {
-    wait_while_equal(epoch_, seen);
-    ++seen;  // jobs come one at a time, so the epoch is exactly one further
+  for (std::uint32_t seen = 0;;) {  // the serial number of the last job
+    std::uint32_t state = wait_until(state_, [seen](std::uint32_t now) {
+      return (now & State::kOpen) != 0 && now / State::kSerial != seen;
+    });
     if (stop_.load(std::memory_order_relaxed)) return;
+    seen = state / State::kSerial;
+    bool joined = false;
+    while (!joined && (state & State::kOpen) != 0 && state / State::kSerial == seen) {
+      joined =
+          state_.compare_exchange_weak(state, state + State::kMember, std::memory_order_acquire);
+    }
+    if (!joined) continue;
     work(worker);
-    if (busy_workers_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_workers_.notify_one();
+    const std::uint32_t before = state_.fetch_sub(State::kMember, std::memory_order_acq_rel);
+    if ((before & (State::kMembers | State::kOpen)) == State::kMember) state_.notify_all();
   }
 }
 

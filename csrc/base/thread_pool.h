@@ -44,12 +44,21 @@ class ThreadPool {
   }
 
  private:
-  using Count = std::uint32_t;  // may wrap around: after 2^32 jobs epoch_ begins anew
-
   struct Job {
     void (*call)(const void* callable, std::int64_t index, int worker);
     const void* callable;
     std::int64_t count;
+  };
+
+  // Jobs come one at a time. A thread joins the job while it is open and leaves it when no index is
+  // left; then the caller closes it and waits for those that are still inside. A thread that was
+  // asleep, or had to give its core to another process, is not waited for: the caller has done its
+  // share by then.
+  struct State {
+    static constexpr std::uint32_t kMember = 1;         // bits 0 to 10: threads in the job
+    static constexpr std::uint32_t kOpen = 1u << 11;    // bit 11
+    static constexpr std::uint32_t kSerial = 1u << 12;  // the rest counts jobs, and wraps around
+    static constexpr std::uint32_t kMembers = kOpen - 1;
   };
 
   void run(const Job& job);
@@ -59,11 +68,10 @@ class ThreadPool {
 
   const pid_t owner_;
   std::vector<std::thread> threads_;
-  Job job_{};
-  std::atomic<Count> epoch_{0};         // one more with every job
-  std::atomic<Count> busy_workers_{0};  // threads that have not finished the current job
-  std::atomic<std::int64_t> next_{0};
+  alignas(64) std::atomic<std::uint32_t> state_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<std::int64_t> next_{0};  // index of the job
+  Job job_{};
   std::mutex error_mutex_;
   std::exception_ptr error_;
 };

@@ -1,5 +1,5 @@
-// paged_attention on a batch that the host describes, for ops.cpp: on CUDA its arrays go to the
-// device, as a runner of the engine sends them.
+// Attention over a batch that the host describes, for ops.cpp: on CUDA its arrays go to the device, as
+// a runner of the engine sends them.
 #pragma once
 
 #include <algorithm>
@@ -18,20 +18,17 @@ struct AttentionCall {
   std::int64_t num_heads, window;
   float scale;
   bool as_chunks;  // CUDA: sequences of one token, too
-  MutTensorView out;
 };
 
-inline void attend(const CpuContext& ctx, Operands<CpuContext>& /*operands*/,
-                   const AttentionCall& call) {
-  paged_attention(ctx, call.queries, call.cache, call.sequences, call.num_heads, call.window,
-                  call.scale, call.out);
+inline std::span<const BatchSequence> sequences_for(Operands<CpuContext>& /*operands*/,
+                                                    const AttentionCall& call) {
+  return call.sequences;
 }
 
 #if defined(TINYVLLM_HAS_CUDA)
 
 // The sequences of one token lead the batch, unless they are run as chunks.
-inline void attend(const CudaContext& ctx, Operands<CudaContext>& operands,
-                   const AttentionCall& call) {
+inline CudaSequences sequences_for(Operands<CudaContext>& operands, const AttentionCall& call) {
   const std::int64_t num_kv_heads = call.cache.shape.num_kv_heads;
   const std::int64_t tile_tokens = chunk_tile_tokens(call.num_heads, num_kv_heads);
   std::vector<std::int32_t> lengths, tables, items, starts{0}, tiles;
@@ -67,8 +64,7 @@ inline void attend(const CudaContext& ctx, Operands<CudaContext>& operands,
   sequences.chunk_starts = on_device(starts);
   sequences.chunk_tiles = on_device(tiles);
   sequences.num_chunk_tiles = static_cast<std::int32_t>(tiles.size() / 2);
-  paged_attention(ctx, operands.read(call.queries), operands.write(call.cache), sequences,
-                  call.num_heads, call.window, call.scale, operands.write(call.out));
+  return sequences;
 }
 
 #endif

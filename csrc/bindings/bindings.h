@@ -18,7 +18,7 @@ void bind_checkpoint(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
-void bind_matmul_plans(pybind11::module_& module);  // nothing in a build without CUDA
+void bind_matmul_plans(pybind11::module_& module);     // nothing in a build without CUDA
 void bind_cuda_sampling(pybind11::module_& module);    // the same
 void bind_attention_timer(pybind11::module_& module);  // the same
 

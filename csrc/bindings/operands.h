@@ -52,6 +52,15 @@ template <>
 class Operands<CudaContext> {
  public:
   explicit Operands(const CudaContext& ctx) : ctx_(ctx) {}
+  // An op that throws leaves copies behind that have not run yet and read from here.
+  ~Operands() {
+    try {
+      ctx_.synchronize();
+    } catch (...) {  // the op's own error is on its way already
+    }
+  }
+  Operands(const Operands&) = delete;
+  Operands& operator=(const Operands&) = delete;
 
   TensorView read(TensorView view) {
     view.data = upload(view);

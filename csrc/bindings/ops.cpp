@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <optional>
 #include <string>
@@ -24,6 +25,7 @@
 #include "ops/paged_attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/rope_and_attend.h"
 #include "ops/silu_mul.h"
 
 #if defined(TINYVLLM_HAS_CUDA)
@@ -155,6 +157,32 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
     matmul(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(out)));
   });
   return out;
+}
+
+// Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
+// `copies` different matrices used in turn, as in a model, so that no cache holds them all.
+std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
+                                std::int64_t depth, std::int64_t copies, std::int64_t rounds) {
+  if (std::min({rows, outputs, depth, copies, rounds}) < 1) refuse("a size is less than 1");
+  const auto ones = [](std::int64_t size) {
+    return std::vector<BFloat16>(static_cast<std::size_t>(size), to_bfloat16(1.0f));
+  };
+  std::vector<BFloat16> x = ones(rows * depth), weights = ones(copies * outputs * depth);
+  std::vector<float> out(static_cast<std::size_t>(rows * outputs));
+  std::vector<double> seconds;
+  for (std::int64_t round = -1; round < rounds; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    for (std::int64_t copy = 0; copy < copies; ++copy) {
+      Weight weight;
+      weight.blocks[0] = {weights.data() + copy * outputs * depth, outputs, nullptr};
+      weight.depth = depth;
+      matmul(ctx, {x.data(), DType::kBFloat16, rows, depth, depth}, weight,
+             {out.data(), DType::kFloat32, rows, outputs, outputs});
+    }
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    if (round >= 0) seconds.push_back(passed.count() / static_cast<double>(copies));
+  }
+  return seconds;
 }
 
 // Returns the new residual.
@@ -320,13 +348,14 @@ py::array bind_qk_norm_rope_and_cache(const AnyContext& any, const py::array& qk
   return result;
 }
 
-// sequences: (first_position, num_tokens, block table) of each, in the order of q's rows. On CUDA,
-// (-1, 1, []) is a padded row.
-py::array bind_paged_attention(
-    const AnyContext& any, const py::array& q, py::array keys, py::array values,
-    const std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>& sequences,
-    std::int64_t num_heads, std::int64_t window, float scale, const std::string& dtype,
-    bool as_chunks) {
+using Sequences = std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int32_t>>>;
+
+// sequences: (first_position, num_tokens, block table) of each, in the order of the rows of q, which
+// may be followed by k and v. On CUDA, (-1, 1, []) is a padded row.
+AttentionCall attention_call(const AnyContext& any, const py::array& q, py::array& keys,
+                             py::array& values, const Sequences& sequences, std::int64_t num_heads,
+                             std::int64_t window, float scale, const std::string& dtype,
+                             bool as_chunks) {
   AttentionCall call{.queries = product_view(any, q),
                      .cache = kv_layer(keys, values),
                      .sequences = {},
@@ -334,12 +363,10 @@ py::array bind_paged_attention(
                      .num_heads = num_heads,
                      .window = window,
                      .scale = scale,
-                     .as_chunks = as_chunks,
-                     .out = {}};
+                     .as_chunks = as_chunks};
   const KvShape& shape = call.cache.shape;
-  if (num_heads < 1 || num_heads % shape.num_kv_heads != 0 ||
-      call.queries.cols != num_heads * shape.head_dim) {
-    refuse("q is not [tokens, num_heads * head_dim] with num_heads a multiple of num_kv_heads");
+  if (num_heads < 1 || num_heads % shape.num_kv_heads != 0) {
+    refuse("num_heads is not a multiple of the KV heads");
   }
   if (!on_cpu(any) && (call.queries.dtype != shape.dtype || named(dtype) != shape.dtype)) {
     refuse("q, the cache and the result differ in dtype");
@@ -357,9 +384,54 @@ py::array bind_paged_attention(
     first_token += num_tokens;
   }
   if (first_token != call.queries.rows) refuse("the sequences do not cover the rows of q");
+  return call;
+}
+
+py::array bind_paged_attention(const AnyContext& any, const py::array& q, py::array keys,
+                               py::array values, const Sequences& sequences, std::int64_t num_heads,
+                               std::int64_t window, float scale, const std::string& dtype,
+                               bool as_chunks) {
+  const AttentionCall call =
+      attention_call(any, q, keys, values, sequences, num_heads, window, scale, dtype, as_chunks);
+  const std::int64_t width = num_heads * call.cache.shape.head_dim;
+  if (call.queries.cols != width) refuse("q is not [tokens, num_heads * head_dim]");
+  py::array out = make(named(dtype), call.queries.rows, width);
+  run(any, [&](const auto& ctx, auto& operands) {
+    paged_attention(ctx, operands.read(call.queries), operands.write(call.cache),
+                    sequences_for(operands, call), num_heads, window, scale,
+                    operands.write(view(out)));
+  });
+  return out;
+}
+
+// Writes into keys and values.
+py::array bind_rope_and_attend(const AnyContext& any, const py::array& qkv, std::int64_t num_heads,
+                               const std::optional<Floats>& q_norm,
+                               const std::optional<Floats>& k_norm, float eps,
+                               const Floats& cos_sin, const Longs& slots, py::array keys,
+                               py::array values, const Sequences& sequences, std::int64_t window,
+                               float scale, const std::string& dtype) {
+  py::array rows = qkv.attr("copy")();
+  const AttentionCall call = attention_call(any, rows, keys, values, sequences, num_heads, window,
+                                            scale, dtype, /*as_chunks=*/false);
+  const KvShape& shape = call.cache.shape;
+  const MutTensorView angles = view(cos_sin);
+  if (call.queries.cols != (num_heads + 2 * shape.num_kv_heads) * shape.head_dim ||
+      angles.rows != call.queries.rows || angles.cols != shape.head_dim ||
+      slots.size() != call.queries.rows) {
+    refuse("shapes do not fit");
+  }
+  for (const auto& norm : {q_norm, k_norm}) {
+    if (norm && norm->size() != shape.head_dim) refuse("a norm is not as long as a head");
+  }
   py::array out = make(named(dtype), call.queries.rows, num_heads * shape.head_dim);
-  call.out = view(out);
-  run(any, [&](const auto& ctx, auto& operands) { attend(ctx, operands, call); });
+  run(any, [&](const auto& ctx, auto& operands) {
+    rope_and_attend(ctx, operands.write(view(rows)), num_heads,
+                    operands.read(span_of(q_norm)).data(), operands.read(span_of(k_norm)).data(),
+                    eps, operands.read(angles), operands.read(span_of(slots)),
+                    operands.write(call.cache), sequences_for(operands, call), window, scale,
+                    operands.write(view(out)));
+  });
   return out;
 }
 
@@ -417,6 +489,10 @@ void bind_ops(py::module_& module) {
   module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
              py::call_guard<py::gil_scoped_release>(),
              "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
+  module.def("time_matmul", &time_matmul, py::arg("ctx"), py::arg("rows"), py::arg("outputs"),
+             py::arg("depth"), py::arg("copies") = 1, py::arg("rounds") = 5,
+             py::call_guard<py::gil_scoped_release>(),
+             "Seconds of one bfloat16 matmul [rows, depth] x [outputs, depth], a value a round.");
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
   ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
@@ -448,6 +524,10 @@ void bind_ops(py::module_& module) {
           py::arg("num_heads"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
           py::arg("cos_sin"), py::arg("slots"), py::arg("keys"), py::arg("values"));
   ops.def("copy_blocks", &bind_copy_blocks, py::arg("ctx"), py::arg("pool"), py::arg("copies"));
+  ops.def("rope_and_attend", &bind_rope_and_attend, py::arg("ctx"), py::arg("qkv"),
+          py::arg("num_heads"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
+          py::arg("cos_sin"), py::arg("slots"), py::arg("keys"), py::arg("values"),
+          py::arg("sequences"), py::arg("window"), py::arg("scale"), py::arg("dtype"));
   ops.def("paged_attention", &bind_paged_attention, py::arg("ctx"), py::arg("q"), py::arg("keys"),
           py::arg("values"), py::arg("sequences"), py::arg("num_heads"), py::arg("window") = 0,
           py::arg("scale") = 1.0f, py::arg("dtype") = "float32", py::arg("as_chunks") = false);

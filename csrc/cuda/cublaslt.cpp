@@ -81,9 +81,7 @@ struct Library {
   decltype(cublasLtMatmul)* multiply = nullptr;
 };
 
-cudaDataType_t type_of(DType dtype) {
-  return dtype == DType::kFloat32 ? CUDA_R_32F : CUDA_R_16BF;
-}
+cudaDataType_t type_of(DType dtype) { return dtype == DType::kFloat32 ? CUDA_R_32F : CUDA_R_16BF; }
 
 // One of the library's objects, which it makes and destroys itself: their size is its own affair.
 template <typename Object>
@@ -133,8 +131,8 @@ struct CublasLt::State {
   }
   ~State() { library.destroy(handle); }
 
-  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType,
-                         DType, bool>;
+  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                         DType, DType, bool>;
   struct Plan {
     Description description;
     std::vector<cublasLtMatmulAlgo_t> algorithms;
@@ -202,10 +200,10 @@ void CublasLt::multiply(const CudaContext& ctx, const Product& product, const vo
   const Description& d = plan.description;
   const std::size_t last = plan.algorithms.size() - 1;
   const float one = 1, before = product.accumulate ? 1.0f : 0.0f;
-  check(state_->library.multiply(
-            state_->handle, d.product.get(), &one, weight, d.weight.get(), x, d.x.get(), &before, out,
-            d.out.get(), out, d.out.get(), &plan.algorithms[std::min(static_cast<std::size_t>(rank), last)],
-            state_->workspace.data(), kWorkspaceBytes, ctx.stream()),
+  check(state_->library.multiply(state_->handle, d.product.get(), &one, weight, d.weight.get(), x,
+                                 d.x.get(), &before, out, d.out.get(), out, d.out.get(),
+                                 &plan.algorithms[std::min(static_cast<std::size_t>(rank), last)],
+                                 state_->workspace.data(), kWorkspaceBytes, ctx.stream()),
         "multiplying");
 }
 

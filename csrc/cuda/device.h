@@ -79,6 +79,14 @@ __device__ inline uint4 load_streaming(const void* address, bool valid) {
   return v;
 }
 
+// Brings memory into the L2 cache (compute capability 9.0 and later; else it has no effect). Nobody
+// writes it while the kernel runs; address and size are multiples of 16.
+__device__ inline void prefetch_to_l2(const void* address, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+#endif
+}
+
 // --- bfloat16 ----------------------------------------------------------------------------------------
 
 // Two floats rounded to bfloat16, the first one in the low half.

@@ -23,11 +23,11 @@ DeviceMemory::DeviceMemory(std::size_t bytes, const char* purpose) : size_(bytes
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // forget it: the device is as usable as before
     const MemoryInfo info = memory_info();
-    throw CapacityError("The GPU has no room for " + std::string(purpose) + ": " +
-                        std::to_string(bytes) + " bytes are needed, " + std::to_string(info.free) +
-                        " of " + std::to_string(info.total) +
-                        " are free. Lower gpu_memory_utilization, max_model_len or max_num_seqs, or "
-                        "end other programs on the GPU.");
+    throw CapacityError(
+        "The GPU has no room for " + std::string(purpose) + ": " + std::to_string(bytes) +
+        " bytes are needed, " + std::to_string(info.free) + " of " + std::to_string(info.total) +
+        " are free. Lower gpu_memory_utilization, max_model_len or max_num_seqs, or "
+        "end other programs on the GPU.");
   }
   check(error, "allocating device memory");
   data_ = static_cast<std::byte*>(memory);

@@ -12,9 +12,7 @@ Stream::Stream() {
 
 Stream::~Stream() { cudaStreamDestroy(stream_); }
 
-void Stream::synchronize() const {
-  check(cudaStreamSynchronize(stream_), "waiting for a stream");
-}
+void Stream::synchronize() const { check(cudaStreamSynchronize(stream_), "waiting for a stream"); }
 
 Event::Event() { check(cudaEventCreateWithFlags(&event_, 0), "making an event"); }
 

@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numbers>
 #include <numeric>
 #include <string>
 
 #include "base/errors.h"
+#include "base/philox.h"
 #include "ops/gumbel.h"
 
 namespace tinyvllm {
@@ -15,9 +19,55 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// The lowest id among the largest values.
-std::int32_t argmax(std::span<const float> values) {
-  return static_cast<std::int32_t>(std::max_element(values.begin(), values.end()) - values.begin());
+// Rows are gone through in blocks; a block is skipped where its largest logit says enough.
+constexpr std::size_t kBlock = 256;
+
+struct RowScan {
+  float maximum = kMinusInfinity;
+  std::int32_t argmax = 0;  // the lowest id among the largest
+  bool finite = true;
+  std::vector<float> block_maxima;  // NaN counts as nothing
+};
+
+// One pass, in a form that compilers turn into vectors: lanes of their own, no early exit.
+RowScan scan(std::span<const float> row) {
+  constexpr std::size_t kLanes = 16;
+  RowScan result;
+  result.block_maxima.reserve(row.size() / kBlock + 1);
+  for (std::size_t begin = 0; begin < row.size(); begin += kBlock) {
+    const std::span<const float> block = row.subspan(begin, std::min(kBlock, row.size() - begin));
+    std::array<float, kLanes> maxima;
+    maxima.fill(kMinusInfinity);
+    std::array<std::uint32_t, kLanes> overflow{};  // bit 31: an exponent of all ones was there
+    std::size_t i = 0;
+    for (; i + kLanes <= block.size(); i += kLanes) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        const float x = block[i + lane];
+        maxima[lane] = x > maxima[lane] ? x : maxima[lane];
+        overflow[lane] |= (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) + 0x00800000u;
+      }
+    }
+    for (; i < block.size(); ++i) {
+      maxima[0] = block[i] > maxima[0] ? block[i] : maxima[0];
+      overflow[0] |= (std::bit_cast<std::uint32_t>(block[i]) & 0x7fffffffu) + 0x00800000u;
+    }
+    const float maximum = *std::max_element(maxima.begin(), maxima.end());
+    for (const std::uint32_t bits : overflow) result.finite &= bits < 0x80000000u;
+    if (maximum > result.maximum) {
+      result.maximum = maximum;
+      result.argmax = static_cast<std::int32_t>(begin);  // its block, for now
+    }
+    result.block_maxima.push_back(maximum);
+  }
+  const auto first = row.begin() + result.argmax;
+  const auto found = std::find(first, row.end(), result.maximum);
+  if (found != row.end()) result.argmax = static_cast<std::int32_t>(found - row.begin());
+  return result;
+}
+
+bool masks_end_tokens(const Sequence& sequence) {
+  return sequence.num_output_tokens() <
+         static_cast<std::size_t>(sequence.request->params.min_tokens);
 }
 
 void apply_bias_and_mask(const Sequence& sequence, std::span<const std::int32_t> eos_token_ids,
@@ -25,8 +75,7 @@ void apply_bias_and_mask(const Sequence& sequence, std::span<const std::int32_t>
   for (const auto& [token, bias] : sequence.request->params.logit_bias) {
     logits[static_cast<std::size_t>(token)] += static_cast<float>(bias);
   }
-  if (sequence.num_output_tokens() >= static_cast<std::size_t>(sequence.request->params.min_tokens))
-    return;
+  if (!masks_end_tokens(sequence)) return;
   for (const std::int32_t token : sequence.request->params.stop_token_ids) {
     logits[static_cast<std::size_t>(token)] = kMinusInfinity;
   }
@@ -54,27 +103,56 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
   }
 }
 
-// The ids that min_p, top_k and top_p leave, given logits that are already divided by the
-// temperature. Each filter sees the distribution that the one before it left, scaled to sum to one.
-std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<const float> logits) {
-  std::vector<std::int32_t> kept;
-  const float maximum = *std::max_element(logits.begin(), logits.end());
-  const float lowest =
-      params.min_p > 0 ? maximum + log_min_p(params) : std::numeric_limits<float>::lowest();
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
+// Logits as a draw sees them: divided by the temperature, on the way.
+struct Scaled {
+  std::span<const float> logits;
+  float inverse_temperature;
+  const RowScan& row;
+
+  float operator[](std::size_t i) const { return logits[i] * inverse_temperature; }
+  float maximum() const { return row.maximum * inverse_temperature; }
+  float block_maximum(std::size_t block) const {
+    return row.block_maxima[block] * inverse_temperature;
   }
-  const auto before = [&](std::int32_t a, std::int32_t b) {
-    const float x = logits[static_cast<std::size_t>(a)], y = logits[static_cast<std::size_t>(b)];
+  bool before(std::int32_t a, std::int32_t b) const {  // by falling logit, then by rising id
+    const float x = (*this)[static_cast<std::size_t>(a)], y = (*this)[static_cast<std::size_t>(b)];
     return x > y || (x == y && a < b);
-  };
-  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < kept.size()) {
+  }
+};
+
+float lowest_logit(const SamplingParams& params, const Scaled& scaled) {
+  return params.min_p > 0 ? scaled.maximum() + log_min_p(params)
+                          : std::numeric_limits<float>::lowest();
+}
+
+// The ids that min_p, top_k and top_p leave. Each filter sees the distribution that the one before
+// it left, scaled to sum to one.
+std::vector<std::int32_t> kept_tokens(const SamplingParams& params, const Scaled& scaled) {
+  float lowest = lowest_logit(params, scaled);
+  const auto top_k = static_cast<std::size_t>(std::max(params.top_k, 0));
+  const std::size_t num_blocks = scaled.row.block_maxima.size();
+  if (top_k > 0 && top_k <= num_blocks) {  // k blocks have a token each that is as good as the kth
+    std::vector<float> maxima = scaled.row.block_maxima;
+    const auto kth = maxima.begin() + static_cast<std::ptrdiff_t>(top_k) - 1;
+    std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<>());
+    lowest = std::max(lowest, *kth * scaled.inverse_temperature);
+  }
+  std::vector<std::int32_t> kept;
+  for (std::size_t block = 0; block < num_blocks; ++block) {
+    if (scaled.block_maximum(block) < lowest) continue;
+    const std::size_t end = std::min((block + 1) * kBlock, scaled.logits.size());
+    for (std::size_t i = block * kBlock; i < end; ++i) {
+      if (scaled[i] >= lowest) kept.push_back(static_cast<std::int32_t>(i));
+    }
+  }
+  const auto before = [&](std::int32_t a, std::int32_t b) { return scaled.before(a, b); };
+  if (top_k > 0 && top_k < kept.size()) {
     std::nth_element(kept.begin(), kept.begin() + params.top_k - 1, kept.end(), before);
-    kept.resize(static_cast<std::size_t>(params.top_k));
+    kept.resize(top_k);
   }
   if (params.top_p < 1.0) {
     const auto weight = [&](std::int32_t id) {
-      return std::exp(static_cast<double>(logits[static_cast<std::size_t>(id)]) - maximum);
+      return std::exp(static_cast<double>(scaled[static_cast<std::size_t>(id)]) - scaled.maximum());
     };
     double total = 0;
     for (const std::int32_t id : kept) total += weight(id);
@@ -97,30 +175,165 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, std::span<co
   return kept;
 }
 
-std::int32_t draw(const Sequence& sequence, std::uint32_t sample_index,
-                  std::span<const std::int32_t> kept, std::span<const float> logits) {
-  const std::uint64_t seed = sequence.request->seed;
-  const auto position = static_cast<std::uint32_t>(sequence.tokens.size());
-  double best = -std::numeric_limits<double>::infinity();
-  std::int32_t winner = kept.front();
-  std::array<std::uint32_t, 4> words{};  // of the four tokens that share a counter
-  std::uint32_t loaded = ~std::uint32_t{0};
-  for (const std::int32_t token : kept) {
-    const auto id = static_cast<std::uint32_t>(token);
-    if (id / 4 != loaded) {
-      loaded = id / 4;
-      words = token_noise(seed, sample_index, position, loaded);
-    }
-    const std::uint32_t bits = words[id % 4];
-    const double logit = logits[id];
-    if (logit + gumbel_upper_bound(bits) < best) continue;  // nearly all: only a few can still win
+// The largest logit + noise so far.
+class Contest {
+ public:
+  double best() const { return best_; }
+  std::int32_t winner() const { return winner_; }
+
+  void enter(std::int32_t token, double logit, std::uint32_t bits) {
+    if (logit + gumbel_upper_bound(bits) < best_) return;  // nearly all: only a few can still win
     const double value = logit + gumbel(bits);
-    if (value > best || (value == best && token < winner)) {
-      best = value;
-      winner = token;
+    if (value > best_ || (value == best_ && token < winner_)) {
+      best_ = value;
+      winner_ = token;
     }
   }
-  return winner;
+
+ private:
+  double best_ = -std::numeric_limits<double>::infinity();
+  std::int32_t winner_ = std::numeric_limits<std::int32_t>::max();
+};
+
+// What the noise of a request's next token is keyed and counted by, besides the token id.
+struct Noise {
+  std::uint64_t seed;
+  std::uint32_t sample_index, position;
+
+  std::uint32_t operator()(std::int32_t token) const {
+    const auto id = static_cast<std::uint32_t>(token);
+    return token_noise(seed, sample_index, position, id / 4)[id % 4];
+  }
+  // Of the tokens first, first + 1, ...: many at a time, in a form that compilers turn into vectors.
+  template <std::size_t kCount>
+  std::array<std::uint32_t, kCount> of_many(std::size_t first) const {
+    constexpr std::size_t kCalls = kCount / 4;
+    std::array<std::uint32_t, kCalls> a, b, c, d;
+    for (std::size_t i = 0; i < kCalls; ++i) {
+      a[i] = static_cast<std::uint32_t>(first / 4 + i);
+      b[i] = position;
+      c[i] = sample_index;
+      d[i] = 0;
+    }
+    auto low_key = static_cast<std::uint32_t>(seed),
+         high_key = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (std::size_t i = 0; i < kCalls; ++i)
+        philox_round(a[i], b[i], c[i], d[i], low_key, high_key);
+      low_key += kPhiloxWeyl0;
+      high_key += kPhiloxWeyl1;
+    }
+    std::array<std::uint32_t, kCount> bits;
+    for (std::size_t i = 0; i < kCalls; ++i) {
+      bits[4 * i] = a[i];
+      bits[4 * i + 1] = b[i];
+      bits[4 * i + 2] = c[i];
+      bits[4 * i + 3] = d[i];
+    }
+    return bits;
+  }
+};
+
+std::int32_t draw(const Noise& noise, const std::vector<std::int32_t>& kept, const Scaled& scaled) {
+  Contest contest;
+  for (const std::int32_t token : kept) {
+    contest.enter(token, scaled[static_cast<std::size_t>(token)], noise(token));
+  }
+  return contest.winner();
+}
+
+// Whether a token of a block can still win: the same bound as gumbel_upper_bound, from the exponent of
+// 1 - u as a float, and a little more for what is rounded here.
+template <std::size_t kCount>
+bool any_can_win(const float* logits, float inverse_temperature,
+                 const std::array<std::uint32_t, kCount>& bits, double best) {
+  const auto enough = static_cast<float>(best - 1e-4 - 1e-6 * std::abs(best));
+  std::uint32_t any = 0;
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto rest = static_cast<float>(static_cast<std::int32_t>(~bits[i] >> 1));  // 2^31 (1 - u)
+    const auto exponent = static_cast<std::int32_t>(std::bit_cast<std::uint32_t>(rest) >> 23);
+    const float bound = static_cast<float>(158 - exponent) * std::numbers::ln2_v<float>;
+    any |= logits[i] * inverse_temperature + bound >= enough ? 1u : 0u;
+  }
+  return any != 0;
+}
+
+// The draw among all tokens that lie before `end` in the order of Scaled::before and are no lower
+// than `lowest`.
+std::int32_t draw_among(const Noise& noise, const Scaled& scaled, float lowest, std::int32_t end) {
+  const bool all = end < 0;
+  const float edge = all ? kMinusInfinity : scaled[static_cast<std::size_t>(end)];
+  lowest = std::max(lowest, edge);
+  Contest contest;
+  const auto enter = [&](std::int32_t token, std::uint32_t bits) {
+    const float logit = scaled[static_cast<std::size_t>(token)];
+    if (logit >= lowest && (all || scaled.before(token, end))) contest.enter(token, logit, bits);
+  };
+  enter(scaled.row.argmax, noise(scaled.row.argmax));  // hard to beat
+  constexpr std::size_t kCount = 64;
+  const std::size_t size = scaled.logits.size();
+  for (std::size_t first = 0; first < size; first += kCount) {
+    if (scaled.block_maximum(first / kBlock) < lowest) continue;
+    const std::array<std::uint32_t, kCount> bits = noise.of_many<kCount>(first);
+    const std::size_t count = std::min(kCount, size - first);
+    if (count == kCount && !any_can_win(scaled.logits.data() + first, scaled.inverse_temperature,
+                                        bits, contest.best())) {
+      continue;
+    }
+    for (std::size_t i = 0; i < count; ++i) enter(static_cast<std::int32_t>(first + i), bits[i]);
+  }
+  return contest.winner();
+}
+
+enum class Membership { kInside, kOutside, kUnclear };
+
+// Whether top_p keeps a token, by the mass of the tokens before it. Sums are in float32 here; what
+// is too close to call is left to kept_tokens.
+Membership nucleus_has(double top_p, const Scaled& scaled, float lowest, std::int32_t token) {
+  const float maximum = scaled.maximum(), edge = scaled[static_cast<std::size_t>(token)];
+  double total = 0, before = 0;
+  for (std::size_t begin = 0; begin < scaled.logits.size(); begin += kBlock) {
+    if (scaled.block_maximum(begin / kBlock) < lowest) continue;
+    const std::size_t end = std::min(begin + kBlock, scaled.logits.size());
+    float block_total = 0, block_before = 0;
+    for (std::size_t i = begin; i < end; ++i) {
+      const float logit = scaled[i];
+      if (logit < lowest) continue;
+      const float weight = std::exp(logit - maximum);
+      block_total += weight;
+      const bool is_before =
+          logit > edge || (logit == edge && static_cast<std::int32_t>(i) < token);
+      block_before += is_before ? weight : 0.0f;
+    }
+    total += block_total;
+    before += block_before;
+  }
+  const double distance = before / total - top_p;
+  if (std::abs(distance) < 1e-4) return Membership::kUnclear;
+  return distance < 0 ? Membership::kInside : Membership::kOutside;
+}
+
+// The draw among the tokens that the filters leave. What wins among all and is kept has won. top_p
+// keeps the first tokens of an order: a winner that it drops takes all after it along, and the next
+// draw is among those before it.
+std::int32_t filtered_draw(const SamplingParams& params, const Noise& noise, const Scaled& scaled) {
+  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < scaled.logits.size()) {
+    return draw(noise, kept_tokens(params, scaled), scaled);
+  }
+  const float lowest = lowest_logit(params, scaled);
+  std::int32_t winner = draw_among(noise, scaled, lowest, -1);
+  if (params.top_p == 1.0) return winner;
+  for (;;) {
+    if (winner == scaled.row.argmax) return winner;  // the first token is always kept
+    switch (nucleus_has(params.top_p, scaled, lowest, winner)) {
+      case Membership::kInside:
+        return winner;
+      case Membership::kUnclear:
+        return draw(noise, kept_tokens(params, scaled), scaled);
+      case Membership::kOutside:
+        winner = draw_among(noise, scaled, lowest, winner);
+    }
+  }
 }
 
 }  // namespace
@@ -195,25 +408,31 @@ TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, s
 Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                        std::span<const float> raw) const {
   const SamplingParams& params = sequence.request->params;
-  if (!std::all_of(raw.begin(), raw.end(), [](float x) { return std::isfinite(x); })) {
+  RowScan row = scan(raw);
+  if (!row.finite) {
     throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
-  // logits.
-  std::vector<float> logits(raw.begin(), raw.end());
-  apply_bias_and_mask(sequence, eos_token_ids_, logits);
-  if (params.has_penalties()) apply_penalties(sequence, logits);
+  // logits: what changes them works on a copy.
+  std::span<const float> logits = raw;
+  std::vector<float> copy;
+  if (!params.logit_bias.empty() || masks_end_tokens(sequence) || params.has_penalties()) {
+    copy.assign(raw.begin(), raw.end());
+    apply_bias_and_mask(sequence, eos_token_ids_, copy);
+    if (params.has_penalties()) apply_penalties(sequence, copy);
+    logits = copy;
+    row = scan(logits);
+  }
 
   Sample sample;
-  sample.token = argmax(logits);
-  if (logits[static_cast<std::size_t>(sample.token)] == kMinusInfinity) {
+  sample.token = row.argmax;
+  if (row.maximum == kMinusInfinity) {
     throw Error(DrawOrigin(sequence).no_token());
   }
   if (!params.greedy()) {
-    const float inverse = inverse_temperature(params);
-    for (float& logit : logits) logit *= inverse;
-    sample.token = draw(sequence, static_cast<std::uint32_t>(sample_index),
-                        kept_tokens(params, logits), logits);
+    const Noise noise{sequence.request->seed, static_cast<std::uint32_t>(sample_index),
+                      static_cast<std::uint32_t>(sequence.tokens.size())};
+    sample.token = filtered_draw(params, noise, {logits, inverse_temperature(params), row});
   }
   if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
   return sample;

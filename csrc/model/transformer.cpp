@@ -11,6 +11,7 @@
 #include "ops/gather_rows.h"
 #include "ops/norm_matmul.h"
 #include "ops/rope.h"
+#include "ops/rope_and_attend.h"
 
 namespace tinyvllm {
 
@@ -65,9 +66,8 @@ void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache&
   for (std::int64_t l = 0; l < config_.num_layers; ++l) {
     const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(l)];
     norm_matmul(ctx_, residual, layer.input_norm, eps, layer.qkv, normalized, qkv);
-    qk_norm_rope_and_cache(ctx_, qkv, config_.num_heads, layer.q_norm, layer.k_norm, eps, cos_sin,
-                           batch.slots, kv.layer(l));
-    paged_attention(ctx_, qkv, kv.layer(l), batch.sequences, config_.num_heads,
+    rope_and_attend(ctx_, qkv, config_.num_heads, layer.q_norm, layer.k_norm, eps, cos_sin,
+                    batch.slots, kv.layer(l), batch.sequences,
                     config_.sliding_window[static_cast<std::size_t>(l)], scale, attention);
     matmul_add(ctx_, attention, layer.attention_output, residual);
 

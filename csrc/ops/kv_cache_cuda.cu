@@ -8,8 +8,7 @@ namespace {
 // the other. A copy from or to a negative block is padding.
 template <typename Word>
 __global__ void copy_blocks_kernel(std::byte* __restrict__ pool, std::int64_t array_bytes,
-                                   std::int64_t block_bytes,
-                                   const BlockCopy* __restrict__ copies) {
+                                   std::int64_t block_bytes, const BlockCopy* __restrict__ copies) {
   cuda::let_next_begin();
   cuda::wait_for_previous();
   const BlockCopy copy = copies[blockIdx.x];

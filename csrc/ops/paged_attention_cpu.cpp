@@ -63,8 +63,8 @@ class PagedAttention {
     const auto cut = [&](Tile& tile) {
       const std::int64_t heads_by_rows = kRows / (tile.num_tokens * group_);
       tile.is_spread = tile.num_splits > 1 && tile.num_splits * kHeads > most;
-      tile.heads = std::min({kHeads, kv_heads_, heads_by_rows,
-                             most / (tile.is_spread ? 1 : tile.num_splits)});
+      tile.heads = std::min(
+          {kHeads, kv_heads_, heads_by_rows, most / (tile.is_spread ? 1 : tile.num_splits)});
       tile.heads = std::max<std::int64_t>(1, tile.heads);
       const std::int64_t head_groups = ceil_div(kv_heads_, tile.heads);
       tile.first_item = num_items;
@@ -201,8 +201,7 @@ class PagedAttention {
     const std::int64_t dim = kv_.shape.head_dim, head_rows = tile.num_tokens * group_;
     for (std::int64_t r = 0; r < rows_of(tile, head_group); ++r) {
       const std::int64_t kv_head = head_group * tile.heads + r / head_rows;
-      const std::int64_t t =
-          tile.sequence->first_token + tile.token + r / group_ % tile.num_tokens;
+      const std::int64_t t = tile.sequence->first_token + tile.token + r / group_ % tile.num_tokens;
       const std::int64_t column = (kv_head * group_ + r % group_) * dim;
       float* sums = state.sums + r * attention_columns(dim);
       if (out_.dtype == DType::kFloat32) {

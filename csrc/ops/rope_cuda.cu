@@ -31,15 +31,11 @@ struct Heads {
 // of the left half and the kWidth that turn with them. Heads of q are written back, heads of k and v
 // go to the token's slot.
 template <typename T, typename Cache, int kWidth>
-__global__ void qk_norm_rope_and_cache_kernel(T* __restrict__ qkv, std::int64_t qkv_stride,
-                                              Heads heads, const float* __restrict__ q_norm,
-                                              const float* __restrict__ k_norm, float eps,
-                                              const float* __restrict__ cos_sin,
-                                              std::int64_t cos_sin_stride,
-                                              const std::int64_t* __restrict__ slots,
-                                              std::int64_t num_tokens, int lanes,
-                                              Cache* __restrict__ keys,
-                                              Cache* __restrict__ values) {
+__global__ void qk_norm_rope_and_cache_kernel(
+    T* __restrict__ qkv, std::int64_t qkv_stride, Heads heads, const float* __restrict__ q_norm,
+    const float* __restrict__ k_norm, float eps, const float* __restrict__ cos_sin,
+    std::int64_t cos_sin_stride, const std::int64_t* __restrict__ slots, std::int64_t num_tokens,
+    int lanes, Cache* __restrict__ keys, Cache* __restrict__ values) {
   const int num_all = heads.num_heads + 2 * heads.num_kv_heads;
   const std::int64_t group =
       (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
@@ -155,14 +151,12 @@ void qk_norm_rope_and_cache(const CudaContext& ctx, MutTensorView qkv, std::int6
         const auto pieces = static_cast<unsigned>((half + width() - 1) / width());
         const int lanes = static_cast<int>(std::min(32u, std::bit_ceil(pieces)));
         const std::int64_t groups = qkv.rows * (num_heads + 2 * shape.num_kv_heads);
-        cuda::launch(ctx, "qk_norm_rope_and_cache",
-                     {.grid = blocks_for(groups * lanes),
-                      .block = kThreads,
-                      .overlaps_previous = true},
-                     qk_norm_rope_and_cache_kernel<T, Cache, width()>, qkv.row<T>(0),
-                     qkv.row_stride, heads, q_norm, k_norm, eps, cos_sin.row<float>(0),
-                     cos_sin.row_stride, slots.data(), qkv.rows, lanes,
-                     static_cast<Cache*>(cache.keys), static_cast<Cache*>(cache.values));
+        cuda::launch(
+            ctx, "qk_norm_rope_and_cache",
+            {.grid = blocks_for(groups * lanes), .block = kThreads, .overlaps_previous = true},
+            qk_norm_rope_and_cache_kernel<T, Cache, width()>, qkv.row<T>(0), qkv.row_stride, heads,
+            q_norm, k_norm, eps, cos_sin.row<float>(0), cos_sin.row_stride, slots.data(), qkv.rows,
+            lanes, static_cast<Cache*>(cache.keys), static_cast<Cache*>(cache.values));
       });
     });
   });

@@ -6,6 +6,7 @@ of many tokens multiplies, so it takes at least its floating-point operations / 
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from tinyvllm import _core
@@ -23,14 +24,40 @@ class MachineLimits:
 def measure_limits(device: str = "auto", num_threads: int | None = None) -> MachineLimits:
     """Measures the limits now, in about a second. They move on a shared machine: measure beside.
 
-    device: auto, cpu or cuda, as for LLM. num_threads: None for as many as an LLM would use.
+    device: auto, cpu or cuda, as for LLM. num_threads: None for as many as an LLM would use; a GPU
+    has no use for it.
     """
-    if device == "cuda":
-        raise DeviceError("device cuda: this build has the CPU engine only. Use --device cpu.")
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cpu", "cuda"):
         raise InvalidRequestError(f'device is "{device}"; it must be auto, cpu or cuda.')
+    if device != "cpu":
+        try:
+            return measure_cuda_limits()
+        except DeviceError:
+            if device == "cuda":
+                raise
     ctx = _core.CpuContext(num_threads or 0)
     return MachineLimits(
         read_bandwidth_bytes_per_second=_core.measure_read_bandwidth(ctx),
         bf16_flops_per_second=_core.measure_arithmetic(ctx),
+    )
+
+
+def measure_cuda_limits(rows: int = 8192, outputs: int = 16384, depth: int = 16384) -> MachineLimits:
+    """What the card reads from a matrix of 512 MiB, and what its best matrix product multiplies.
+
+    The sizes are those at which a large card is at its limit; the emulator takes smaller ones.
+    """
+    if _core.cuda_build() == "none":
+        raise DeviceError("device cuda: this build has the CPU engine only. Use --device cpu.")
+    ctx = _core.CudaContext()
+    timer = _core.MatmulTimer(ctx, [("store", outputs, depth)], rows)
+    read = statistics.median(timer.read_milliseconds(passes=10, repetitions=9)) / 1e3
+    product = [
+        seconds / 1e3
+        for plan in timer.plans(rows)
+        for seconds in timer.milliseconds(rows, [plan], passes=3, repetitions=9)
+    ]
+    return MachineLimits(
+        read_bandwidth_bytes_per_second=timer.weight_bytes / read,
+        bf16_flops_per_second=2.0 * rows * outputs * depth / statistics.median(product),
     )

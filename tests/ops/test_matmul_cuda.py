@@ -23,7 +23,11 @@ BFLOAT16 = 6e-3  # rounded results, and operands rounded after another scale tha
 
 def streaming(shape: int, blocks: int = 0, fuses_norm: bool = False) -> Any:
     return _core.MatmulPlan(
-        "streaming", shape=shape, blocks_per_multiprocessor=blocks, fuses_norm=fuses_norm
+        "streaming",
+        shape=shape,
+        blocks_per_multiprocessor=blocks,
+        fuses_norm=fuses_norm,
+        tiles_ahead=blocks,
     )
 
 

@@ -98,7 +98,8 @@ void Block::Thread::main(void* self) {
     thread.block.kernel_.call();
   } catch (const std::exception& error) {
     if (thread.block.error_.empty()) {
-      thread.block.error_ = thread.block.name() + ", thread " + text(thread.index) + ": " + error.what();
+      thread.block.error_ =
+          thread.block.name() + ", thread " + text(thread.index) + ": " + error.what();
     }
   }
   thread.state = State::kEnded;
@@ -127,9 +128,7 @@ Block::Block(const Kernel& kernel, uint3 index, Random& random)
 
 Block::~Block() { std::free(shared_memory_); }
 
-std::string Block::name() const {
-  return "kernel " + kernel_.name + ", block " + text(index_);
-}
+std::string Block::name() const { return "kernel " + kernel_.name + ", block " + text(index_); }
 
 void Block::make_ready(Thread& thread) {
   thread.state = Thread::State::kReady;

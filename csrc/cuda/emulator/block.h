@@ -44,8 +44,8 @@ struct Kernel {
   dim3 grid, block;
   std::size_t shared_bytes;
   bool overlaps_previous;
-  std::function<void()> call;           // with its arguments, copied at the launch
-  std::vector<const void*> pointers;    // those of the arguments that are pointers
+  std::function<void()> call;         // with its arguments, copied at the launch
+  std::vector<const void*> pointers;  // those of the arguments that are pointers
 
   int num_threads() const { return static_cast<int>(block.x * block.y * block.z); }
 };

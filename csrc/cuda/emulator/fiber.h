@@ -47,7 +47,7 @@ class Fiber {
   void (*entry_)(void*);
   void* argument_;
   std::unique_ptr<Stack> stack_;
-  void* context_;  // where it stopped: the top of its stack, or a ucontext
+  void* context_;               // where it stopped: the top of its stack, or a ucontext
   void* fake_stack_ = nullptr;  // AddressSanitizer's
   bool ended_ = false;
 };

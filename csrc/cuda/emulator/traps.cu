@@ -1,9 +1,8 @@
-#include "cuda/emulator/traps.h"
-
 #include <map>
 #include <memory>
 #include <numeric>
 
+#include "cuda/emulator/traps.h"
 #include "cuda/graph.h"
 #include "cuda/launch.h"
 #include "cuda/memory.h"
@@ -344,8 +343,7 @@ const std::map<std::string, Program>& programs() {
       {"shared_write_out_of_bounds",
        [](const CudaContext& ctx, bool mistake) {
          return run_block(
-             ctx,
-             mistake ? shared_out_of_bounds_kernel<true> : shared_out_of_bounds_kernel<false>,
+             ctx, mistake ? shared_out_of_bounds_kernel<true> : shared_out_of_bounds_kernel<false>,
              counted());
        }},
   };

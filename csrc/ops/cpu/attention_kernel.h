@@ -454,12 +454,12 @@ class Attention {
 
   const AttentionShare<Kv>& share_;
   const std::int64_t columns_, head_rows_, rows_;
-  const float exponent_;                      // turns a difference of scores into a power of 2
-  Element *keys_, *values_;                   // a panel for each head
-  Element* edge_;                             // one step of a panel of values
-  Element* query_;                            // [rows, columns]
-  float* scores_;                             // [rows, kTile], then the weights
-  float* totals_;                             // [rows, kLanes]: lane by lane
+  const float exponent_;     // turns a difference of scores into a power of 2
+  Element *keys_, *values_;  // a panel for each head
+  Element* edge_;            // one step of a panel of values
+  Element* query_;           // [rows, columns]
+  float* scores_;            // [rows, kTile], then the weights
+  float* totals_;            // [rows, kLanes]: lane by lane
 };
 
 template <typename Kv>

@@ -19,10 +19,14 @@ struct AttentionArguments {
   std::int64_t out_stride;
   std::int64_t block_stride;  // elements from block to block
   int num_heads, num_kv_heads, head_dim, block_size;
-  int window;  // positions that a token sees, its own included; 0: all
+  int block_shift;  // log2(block_size); -1 where it is not a power of two
+  int window;       // positions that a token sees, its own included; 0: all
   float scale;
   CudaSequences sequences;
 
+  // A kernel that also fills the cache writes through these.
+  __device__ T* keys_to_write() const { return const_cast<T*>(keys); }
+  __device__ T* values_to_write() const { return const_cast<T*>(values); }
   __device__ int group() const { return num_heads / num_kv_heads; }
   // The first position that the token at `position` sees.
   __device__ int first_seen(int position) const {
@@ -33,7 +37,8 @@ struct AttentionArguments {
   }
   // Where K and V of one KV head at one position lie in their arrays.
   __device__ std::int64_t offset(const std::int32_t* table, int kv_head, int position) const {
-    const int index = position / block_size, slot = position - index * block_size;
+    const int index = block_shift >= 0 ? position >> block_shift : position / block_size;
+    const int slot = position - index * block_size;
     return table[index] * block_stride +
            (static_cast<std::int64_t>(kv_head) * block_size + slot) * head_dim;
   }

@@ -84,6 +84,78 @@ __device__ inline void load_across_row(const BFloat16* row, bool valid, int g,
   }
 }
 
+// What the fused kernel does to a new token's q and k before it attends; see ops/rope.h.
+struct RopeArguments {
+  const float* q_norm;  // null: none
+  const float* k_norm;
+  float eps;
+  const float* cos_sin;  // [num_tokens, head_dim], rows stride floats apart
+  std::int64_t stride;
+};
+
+// The cosines and sines of the left half of a row, in the layout of load_along_row.
+template <int kDim>
+struct Angles {
+  float cosine[kDim / 8], sine[kDim / 8];
+};
+
+// Eight floats that no one writes; aligned to 16 bytes.
+__device__ inline void load_eight(const float* from, float* to) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const uint4 v = load_streaming(from + i);
+    to[i] = __uint_as_float(v.x), to[i + 1] = __uint_as_float(v.y);
+    to[i + 2] = __uint_as_float(v.z), to[i + 3] = __uint_as_float(v.w);
+  }
+}
+
+template <int kDim>
+__device__ inline Angles<kDim> load_angles(const float* cos_sin, int t) {
+  Angles<kDim> angles;
+#pragma unroll
+  for (int i = 0; i < kDim / 64; ++i) {
+    load_eight(cos_sin + 32 * i + 8 * t, angles.cosine + 8 * i);
+    load_eight(cos_sin + kDim / 2 + 32 * i + 8 * t, angles.sine + 8 * i);
+  }
+  return angles;
+}
+
+// Normalises and rotates a row in the layout of load_along_row. The dimensions d and d + kDim / 2
+// lie in one lane where kDim is a multiple of 64; the four lanes of a row sum their squares.
+template <int kDim>
+__device__ inline void norm_and_rotate(std::uint32_t (&words)[kDim / 8], const float* norm,
+                                       float eps, const Angles<kDim>& angles, int t) {
+  static_assert(kDim % 64 == 0);
+  float x[kDim / 4];
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    x[2 * i] = low_bfloat16(words[i]), x[2 * i + 1] = high_bfloat16(words[i]);
+  }
+  if (norm != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) squares += x[i] * x[i];
+    squares += __shfl_xor_sync(kAllLanes, squares, 1);
+    squares += __shfl_xor_sync(kAllLanes, squares, 2);
+    const float scale = 1.0f / sqrtf(squares / static_cast<float>(kDim) + eps);
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      float weight[8];
+      load_eight(norm + 32 * i + 8 * t, weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[8 * i + j] *= scale * weight[j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    const float left = x[i], right = x[i + kDim / 8];
+    x[i] = left * angles.cosine[i] - right * angles.sine[i];
+    x[i + kDim / 8] = right * angles.cosine[i] + left * angles.sine[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) words[i] = pack_bfloat16(x[2 * i], x[2 * i + 1]);
+}
+
 // The dimension that column g of product `i` stands for.
 template <int kDim>
 __device__ inline int dimension_of(int i, int g) {
@@ -97,12 +169,15 @@ __device__ inline int dimension_of(int i, int g) {
 // merged in order; the last block of a sequence to finish merges the splits in order. So who
 // computes when, and where a window begins, changes no bit of a tile's result.
 //
+// kRotates: a.q are rows of qkv as the product left them. The blocks normalise and rotate q for
+// themselves; the warp that has the newest position does so with k, and puts k and v into the cache.
+//
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
-template <int kDim>
+template <int kDim, bool kRotates>
 __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
-    decode_attention_kernel(const AttentionArguments<BFloat16> a, int split_size, float* partials,
-                            std::uint32_t* counters) {
+    decode_attention_kernel(const AttentionArguments<BFloat16> a, const RopeArguments rope,
+                            int split_size, float* partials, std::uint32_t* counters) {
   let_next_begin();
   const int group = a.group(), head_tiles = (group + kDecodeHeads - 1) / kDecodeHeads;
   const int shares = a.num_kv_heads * head_tiles;
@@ -110,7 +185,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
   const float scale = a.scale * kLog2e;
-  auto* shared = reinterpret_cast<float*>(shared_memory());
+  auto* new_key = reinterpret_cast<BFloat16*>(shared_memory());  // [kDim], where kRotates
+  auto* new_value = new_key + kDim;
+  auto* shared = reinterpret_cast<float*>(new_value + kDim);
   bool waited = false;
 
   for (int task = static_cast<int>(blockIdx.x); task < num_tasks;
@@ -143,11 +220,14 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
 
     std::uint32_t keys[2][kDim / 8], values[4][kDim / 16];
     const auto valid = [&](int position) { return position >= begin && position < end; };
+    // What is in the cache already when this kernel begins.
+    const int end_of_cached = kRotates ? min(end, context - 1) : end;
+    const auto cached = [&](int position) { return position >= begin && position < end_of_cached; };
     const auto load_keys = [&](int tile, std::int64_t offset) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = 8 * i + g;
-        load_along_row<kDim>(a.keys + offset + row * kDim, valid(tile * kDecodeTile + row), t,
+        load_along_row<kDim>(a.keys + offset + row * kDim, cached(tile * kDecodeTile + row), t,
                              keys[i]);
       }
     };
@@ -155,7 +235,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 2 * t + i % 2 + i / 2 * 8;
-        load_across_row<kDim>(a.values + offset + row * kDim, valid(tile * kDecodeTile + row), g,
+        load_across_row<kDim>(a.values + offset + row * kDim, cached(tile * kDecodeTile + row), g,
                               values[i]);
       }
     };
@@ -163,19 +243,55 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     // This step's own K and V are the work of the kernel before; older ones can be read before it.
     std::int64_t offset = 0;
     const bool any = tile < end_tile;
-    const bool early = any && (waited || (tile + 1) * kDecodeTile < context);
+    const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
     if (any) offset = a.offset(table, kv_head, tile * kDecodeTile);
     if (early) load_keys(tile, offset), load_values(tile, offset);
     if (!waited) wait_for_previous();
     waited = true;
     if (any && !early) load_keys(tile, offset), load_values(tile, offset);
 
+    const int newest_tile = (context - 1) / kDecodeTile;
     std::uint32_t queries[kDim / 16][4];
     {
       const BFloat16* q = a.q + sequence * a.q_stride + first_head * kDim;
       std::uint32_t low[kDim / 8], high[kDim / 8];
       load_along_row<kDim>(q + g * kDim, g < heads, t, low);
       load_along_row<kDim>(q + (g + 8) * kDim, g + 8 < heads, t, high);
+      if constexpr (kRotates) {
+        const bool has_newest = end == context && newest_tile % kDecodeWarps == warp;
+        const BFloat16* k = a.q + sequence * a.q_stride + (a.num_heads + kv_head) * kDim;
+        std::uint32_t key[kDim / 8], value[kDim / 16];
+        load_along_row<kDim>(k, has_newest, t, key);
+        load_across_row<kDim>(k + a.num_kv_heads * kDim, has_newest, g, value);
+        const Angles<kDim> angles = load_angles<kDim>(rope.cos_sin + sequence * rope.stride, t);
+        norm_and_rotate<kDim>(low, rope.q_norm, rope.eps, angles, t);
+        if (heads > 8) norm_and_rotate<kDim>(high, rope.q_norm, rope.eps, angles, t);
+        if (has_newest) {
+          norm_and_rotate<kDim>(key, rope.k_norm, rope.eps, angles, t);
+          const std::int64_t place = a.offset(table, kv_head, context - 1);
+          const bool keeps = share % head_tiles == 0;  // one block of the KV head
+          const auto store = [](BFloat16* to, const std::uint32_t* words) {
+            *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+          };
+          if (g == 0) {
+#pragma unroll
+            for (int i = 0; i < kDim / 32; ++i) {
+              const int dim = 32 * i + 8 * t;
+              store(new_key + dim, key + 4 * i);
+              if (keeps) store(a.keys_to_write() + place + dim, key + 4 * i);
+            }
+          }
+          if (t == 0) {
+#pragma unroll
+            for (int i = 0; i < kDim / 64; ++i) {
+              const int dim = 64 * i + 8 * g;
+              store(new_value + dim, value + 4 * i);
+              if (keeps) store(a.values_to_write() + place + dim, value + 4 * i);
+            }
+          }
+          __syncwarp();
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kDim / 16; ++s) {
         queries[s][0] = low[2 * s], queries[s][1] = high[2 * s];
@@ -186,6 +302,31 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     float sums[kDim / 8][4] = {};
     float maxima[2] = {kMinusInfinity, kMinusInfinity}, totals[2] = {};  // of heads g and g + 8
     while (tile < end_tile) {
+      if constexpr (kRotates) {
+        if (tile == newest_tile) {  // its last row is still missing
+          const int newest = context - 1 - tile * kDecodeTile;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (8 * i + g != newest) continue;
+#pragma unroll
+            for (int j = 0; j < kDim / 32; ++j) {
+              const auto* from = reinterpret_cast<const std::uint32_t*>(new_key + 32 * j + 8 * t);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) keys[i][4 * j + w] = from[w];
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (2 * t + i % 2 + i / 2 * 8 != newest) continue;
+#pragma unroll
+            for (int j = 0; j < kDim / 64; ++j) {
+              const auto* from = reinterpret_cast<const std::uint32_t*>(new_value + 64 * j + 8 * g);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) values[i][4 * j + w] = from[w];
+            }
+          }
+        }
+      }
       float scores[2][4] = {};
 #pragma unroll
       for (int s = 0; s < kDim / 16; ++s) {
@@ -313,10 +454,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
   if (!waited) wait_for_previous();
 }
 
-// With room for is_last.
+// The newest k and v, the partial results of the warps, is_last.
 inline std::size_t decode_shared_bytes(int group, int head_dim) {
   const int heads = group < kDecodeHeads ? group : kDecodeHeads;
-  return (kDecodeWarps * partial_floats(heads, head_dim) + 1) * sizeof(float);
+  return 2 * static_cast<std::size_t>(head_dim) * sizeof(BFloat16) +
+         (kDecodeWarps * partial_floats(heads, head_dim) + 1) * sizeof(float);
 }
 
 }  // namespace tinyvllm::cuda

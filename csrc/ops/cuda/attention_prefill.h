@@ -17,9 +17,9 @@ inline constexpr int kPrefillKeys = 64;  // positions of a tile of K and V
 
 // A warp has 16 kBands rows: with two bands each operand that is read from shared memory is used
 // twice, where the registers suffice.
-template <int kDim>
+template <int kDim, int kBands_>
 struct PrefillShape {
-  static constexpr int kBands = kDim <= 64 ? 2 : 1;
+  static constexpr int kBands = kBands_;
   static constexpr int kThreads = kPrefillRows / (16 * kBands) * kWarpSize;
   // Rows of shared memory: an odd number of 16-byte chunks, so that eight rows at the same chunk,
   // as load_matrices reads them, lie in different banks.
@@ -28,12 +28,11 @@ struct PrefillShape {
   static constexpr std::size_t kSharedBytes = 4 * kTileBytes;  // K and V, two stages
 };
 
-template <int kDim>
-__global__ void __launch_bounds__(PrefillShape<kDim>::kThreads,
-                                  PrefillShape<kDim>::kBands == 2 ? 2 : 1)
+template <int kDim, int kBands>
+__global__ void __launch_bounds__(PrefillShape<kDim, kBands>::kThreads, kDim <= 64 ? 2 : 1)
     prefill_attention_kernel(const AttentionArguments<BFloat16> a) {
-  using Shape = PrefillShape<kDim>;
-  constexpr int kBands = Shape::kBands, kStride = Shape::kStride;
+  using Shape = PrefillShape<kDim, kBands>;
+  constexpr int kStride = Shape::kStride;
   constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
@@ -55,16 +54,25 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads,
   auto* shared = reinterpret_cast<BFloat16*>(shared_memory());
   constexpr int kTile = kPrefillKeys * kStride;
 
+  // Sixteen rows lie in one block of the cache: its table is asked once for them.
+  constexpr int kRowsAtOnce = Shape::kThreads / kChunks / 16 * 16;
+  static_assert(kRowsAtOnce > 0);
   const auto load_tile = [&](int tile) {
     BFloat16* keys = shared + tile % 2 * 2 * kTile;
     BFloat16* values = keys + kTile;
-    for (int i = static_cast<int>(threadIdx.x); i < kPrefillKeys * kChunks; i += Shape::kThreads) {
-      const int row = i / kChunks, column = i % kChunks * 8;
-      const int position = tile * kPrefillKeys + row;
-      const bool valid = position >= first && position <= last;
-      const std::int64_t offset = valid ? a.offset(table, kv_head, position) + column : 0;
-      copy_async_16(keys + row * kStride + column, a.keys + offset, valid);
-      copy_async_16(values + row * kStride + column, a.values + offset, valid);
+    const int mine = static_cast<int>(threadIdx.x) / kChunks;
+    const int column = static_cast<int>(threadIdx.x) % kChunks * 8;
+    if (mine < kRowsAtOnce) {
+#pragma unroll
+      for (int first_row = 0; first_row < kPrefillKeys; first_row += kRowsAtOnce) {
+        const int row = first_row + mine, position = tile * kPrefillKeys + row;
+        if (row >= kPrefillKeys) break;
+        const bool valid = position >= first && position <= last;
+        const std::int64_t offset =
+            valid ? a.offset(table, kv_head, position & ~15) + (position & 15) * kDim + column : 0;
+        copy_async_16(keys + row * kStride + column, a.keys + offset, valid);
+        copy_async_16(values + row * kStride + column, a.values + offset, valid);
+      }
     }
     commit_copies();
   };

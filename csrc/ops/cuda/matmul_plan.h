@@ -26,6 +26,7 @@ struct MatmulPlan {
   int shape = 0;
   int blocks_per_multiprocessor = 0;
   bool fuses_norm = false;
+  int tiles_ahead = 0;  // that a block brings into the L2 cache before the op in front has ended
   // kCublasLt: which of the library's proposals, in its own order.
   int rank = 0;
 

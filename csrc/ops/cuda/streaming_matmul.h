@@ -41,6 +41,7 @@ struct StreamingArguments {
   const float* norm;  // [depth], aligned to 16, and eps: where the kernel normalises
   float eps;
   const float* bias;  // [outputs], or null
+  int tiles_ahead;    // of a block, brought into the L2 cache before its operands are there
   void* out;
   std::int64_t out_stride;
 };
@@ -63,6 +64,9 @@ struct StreamingShape {
   // Column tiles whose partial sums meet in shared memory at a time.
   static constexpr int kRoundTiles = kColumnTiles < 4 ? kColumnTiles : 4;
   static constexpr int kSliceBytes = 2 * kSlice;  // of one row
+
+  // Blocks of a multiprocessor that the registers suffice for.
+  static constexpr int kBlocksInRegisters = kRowTiles * kColumnTiles <= 16 ? 2 : 1;
 
   static_assert(kSlice == 32 || kSlice == 64 || kSlice == 128);
 };
@@ -126,7 +130,8 @@ __host__ __device__ inline int num_streaming_tiles(std::int64_t outputs, int row
 // multiplies it by the norm's weights and rounds it to bfloat16; the scale 1 / sqrt(mean(x^2) +
 // eps) of a row is applied to the sums.
 template <typename Shape, int kNormRows, Epilogue kEpilogue, typename Out>
-__global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingArguments a) {
+__global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
+    streaming_matmul(StreamingArguments a) {
   constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
   constexpr int kSlice = Shape::kSlice, kStages = Shape::kStages;
   constexpr int kVectors = kSlice / 8;                // of 16 bytes in a row of a slice
@@ -158,24 +163,30 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
   const int column_blocks = (a.rows + Shape::kTileRows - 1) / Shape::kTileRows;
   const int num_tiles = num_streaming_tiles<Shape, kEpilogue>(a.outputs, a.rows);
 
-  // Rows 8 h .. 8 h + 7 of a tile are outputs `first + row` up to `group_outputs`; for SwiGLU the
-  // second half of each 16 rows is the up rows of the first half's gate rows, so that one lane
-  // holds both.
-  const auto copy_weights = [&](std::byte* stage, int tile, int k) {
+  // The row of the weights that is row `row` of a tile, and whether it is there. For SwiGLU the
+  // second half of each 16 rows is the up rows of the first half's gate rows, so that one lane holds
+  // both.
+  struct WeightRow {
+    std::int64_t row;
+    bool inside;
+  };
+  const auto weight_row_of = [&](int tile, int row) -> WeightRow {
     const int first = tile / column_blocks * kGroupOutputs;
+    if constexpr (kEpilogue == Epilogue::kSwiGlu) {
+      const int output = first + row / 16 * 8 + row % 8;
+      return {output + (row % 16 < 8 ? 0 : group_outputs), output < group_outputs};
+    }
+    return {first + row, first + row < group_outputs};
+  };
+  const auto copy_weights = [&](std::byte* stage, int tile, int k) {
     const int column = lane % kVectors;
 #pragma unroll
     for (int i = 0; i < Shape::kTileOutputs / kRowsPerCopy; ++i) {
       const int row = lane / kVectors + i * kRowsPerCopy;
-      int output = first + row;
-      std::int64_t weight_row = output;
-      if constexpr (kEpilogue == Epilogue::kSwiGlu) {
-        output = first + row / 16 * 8 + row % 8;
-        weight_row = output + (row % 16 < 8 ? 0 : group_outputs);
-      }
+      const auto [weight_row, inside] = weight_row_of(tile, row);
       copy_async_16<Shape::kPrefetch>(stage + slice_offset<Shape>(row, column),
                                       a.weight + weight_row * a.depth + k + column * 8,
-                                      output < group_outputs && k + column * 8 < last_k);
+                                      inside && k + column * 8 < last_k);
     }
   };
   const auto copy_x = [&](std::byte* stage, int tile, int k) {
@@ -221,11 +232,26 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
           k < depth ? *reinterpret_cast<const float4*>(a.norm + k) : float4{0, 0, 0, 0};
     }
   }
-  let_next_begin();
+  // What the ring does not hold can come as far as the L2 cache while the kernel before this one
+  // computes something that takes no bandwidth.
+  for (int i = 0, tile = next_tile, k = next_k; i < a.tiles_ahead && tile < num_tiles && steps > 0;
+       ++i, tile += static_cast<int>(gridDim.x), k = first_k) {
+    for (int row = lane; row < Shape::kTileOutputs; row += kWarpSize) {
+      const auto [weight_row, inside] = weight_row_of(tile, row);
+      if (inside) {
+        prefetch_to_l2(a.weight + weight_row * a.depth + k,
+                       static_cast<unsigned>(last_k - k) * sizeof(BFloat16));
+      }
+    }
+  }
+
+  // The next kernel begins its own stream when this block has asked for the last of its weights:
+  // the memory is then busy while sums meet here and the next kernel waits for them.
+  if (next_tile >= num_tiles) let_next_begin();
   wait_for_previous();
 
+  float squares[kNormalises ? kNormRows : 1] = {};
   if constexpr (kNormalises) {
-    float squares[kNormRows] = {};
     const auto* x = static_cast<const float*>(a.x);
 #pragma unroll 2
     for (int i = 0, k = 4 * static_cast<int>(threadIdx.x);
@@ -258,24 +284,7 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
         }
       }
     }
-#pragma unroll
-    for (int m = 0; m < kNormRows; ++m) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) {
-        squares[m] += __shfl_xor_sync(kAllLanes, squares[m], offset);
-      }
-      if (lane == 0) scales[Shape::kTileRows + m * kStreamingWarps + warp] = squares[m];
-    }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < kNormRows) {
-      float total = 0;
-#pragma unroll
-      for (int w = 0; w < kStreamingWarps; ++w) {
-        total += scales[Shape::kTileRows + static_cast<int>(threadIdx.x) * kStreamingWarps + w];
-      }
-      // Read behind the barrier of the first sum.
-      scales[threadIdx.x] = 1.0f / sqrtf(total / static_cast<float>(depth) + a.eps);
-    }
   } else if (steps > 0) {
     int tile = static_cast<int>(blockIdx.x), k = first_k;
 #pragma unroll
@@ -295,6 +304,24 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
        tile += static_cast<int>(gridDim.x)) {
     const int first_output = tile / column_blocks * kGroupOutputs;
     const int first_row = tile % column_blocks * Shape::kTileRows;
+
+    // What a thread adds its sums to is on its way while they are summed.
+    float addends[2][2] = {};
+    if constexpr (kEpilogue == Epilogue::kAdd && kRowTiles == 1 && kColumnTiles <= 4) {
+      if (warp < kColumnTiles) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int row = first_row + warp * 8 + pair * 2 + c;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int output = first_output + group + 8 * h;
+            if (row < a.rows && output < group_outputs) {
+              addends[h][c] = static_cast<const Out*>(a.out)[row * a.out_stride + output];
+            }
+          }
+        }
+      }
+    }
 
     float products[kRowTiles][kColumnTiles][4] = {};
     for (int step = 0; step < steps; ++step) {
@@ -335,9 +362,21 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
         copy_weights(ring + stage * layout.stage, next_tile, next_k);
         if constexpr (!kNormalises) copy_x(ring + stage * layout.stage, next_tile, next_k);
         advance();
+        if (next_tile >= num_tiles) let_next_begin();
       }
       commit_copies();
       stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+
+    if (kNormalises && tile == static_cast<int>(blockIdx.x)) {
+#pragma unroll
+      for (int m = 0; m < kNormRows; ++m) {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) {
+          squares[m] += __shfl_xor_sync(kAllLanes, squares[m], offset);
+        }
+        if (lane == 0) scales[Shape::kTileRows + m * kStreamingWarps + warp] = squares[m];
+      }
     }
 
     // The eight partial sums of each product meet, kRoundTiles x 8 columns at a time.
@@ -346,6 +385,15 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
 #pragma unroll
       for (int round = 0; round < kColumnTiles; round += Shape::kRoundTiles) {
         __syncthreads();  // the round before has been read
+        if (kNormalises && tile == static_cast<int>(blockIdx.x) && i == 0 &&
+            static_cast<int>(threadIdx.x) < kNormRows) {
+          float total = 0;
+#pragma unroll
+          for (int w = 0; w < kStreamingWarps; ++w) {
+            total += scales[Shape::kTileRows + static_cast<int>(threadIdx.x) * kStreamingWarps + w];
+          }
+          scales[threadIdx.x] = 1.0f / sqrtf(total / static_cast<float>(depth) + a.eps);
+        }
 #pragma unroll
         for (int j = 0; j < Shape::kRoundTiles; ++j) {
           const float(&p)[4] = products[i][round + j];
@@ -381,7 +429,9 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_matmul(StreamingA
               if (output >= group_outputs) continue;
               const float result = value(y[2 * h + c], output);
               if constexpr (kEpilogue == Epilogue::kAdd) {
-                store(out + output, out[output] + result);
+                const float before =
+                    kRowTiles == 1 && kColumnTiles <= 4 ? addends[h][c] : out[output];
+                store(out + output, before + result);
               } else {
                 store(out + output, result);
               }

@@ -1,0 +1,231 @@
+"""benchmarks/: the runner refuses different work, and computes what it says. No peer is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from families import FAMILIES
+from tinyvllm.limits import MachineLimits
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FAKE = ("fake", "fake_peer")  # a name, and the module tests/fake_peer.py
+FAMILY = "llama-3.2-tied"
+LIMITS = MachineLimits(read_bandwidth_bytes_per_second=1e9, bf16_flops_per_second=1e11)
+
+
+def _module(name: str) -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+runner: Any = _module("runner")
+results: Any = _module("results")
+roofline: Any = _module("roofline")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    FAMILIES[FAMILY].write(directory / "tiny")
+    return directory
+
+
+def row(**changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "name": "row",
+        "what": "a row",
+        "model": "tiny",
+        "measures": "throughput",
+        "num_prompts": 2,
+        "prompt_len": 8,
+        "max_tokens": 6,
+    }
+    return runner.Row(**settings | changes)
+
+
+def run(models: Path, behaviour: str, **changes: Any) -> dict[str, Any]:
+    """This engine, and one that does the same but for one thing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_PEER", behaviour)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        bench = runner.Bench(
+            models=models,
+            peers=[runner.PEERS["tinyvllm"], runner.PeerSpec(*FAKE)],
+            rounds=2,
+            limits=lambda: LIMITS,
+        )
+        result: dict[str, Any] = bench.run(row(**changes))
+    return result
+
+
+# --- The same work --------------------------------------------------------------------------------
+
+
+def test_a_peer_that_does_the_same_work_is_compared(models: Path) -> None:
+    result = run(models, "honest")
+    ours, theirs = result["peers"]
+    assert theirs["refused"] is None
+    assert theirs["tokens"] == ours["tokens"] == {"prompt": 16, "output": 12}
+    assert theirs["agreement"]["identical"] == 2
+    assert theirs["ratio"] == pytest.approx(
+        sum(a / b for a, b in zip(ours["values"], theirs["values"], strict=True)) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("stops_early", "12 together; 2 came, of 5 to 5, 10 together"),
+        ("drops_a_prompt", "12 together; 1 came, of 6 to 6, 6 together"),
+        ("guesses", "nats less likely"),
+    ],
+)
+def test_a_peer_that_does_less_work_is_refused(models: Path, behaviour: str, reason: str) -> None:
+    result = run(models, behaviour)
+    (_, theirs) = result["peers"]
+    assert reason in theirs["refused"]
+    assert "ratio" not in theirs
+    assert "values" not in theirs
+    assert "refused" in results.to_markdown([result])
+
+
+def test_the_command_ends_with_an_error_where_a_peer_is_refused(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FAKE_PEER", "stops_early")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setitem(runner.PEERS, "fake", runner.PeerSpec(*FAKE))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--models", str(models), "--rounds", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        runner.main("A benchmark.", [row()], ["fake"], tmp_path / "out.json")
+    assert stopped.value.code == 1
+    assert "REFUSED" in capsys.readouterr().out
+    assert "refused" in (tmp_path / "out.md").read_text()
+
+
+def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Path) -> None:
+    result = run(models, "missing")
+    (_, theirs) = result["peers"]
+    assert "not installed" in theirs["missing"]
+    assert "did not run" in results.to_markdown([result])
+
+
+def test_a_difference_at_a_near_tie_is_no_other_work() -> None:
+    work = runner.Work([[1, 2], [3, 4]], [3, 3])
+    ours = runner.Outcome([[5, 6, 7], [8, 9, 10]], 1.0, 0.5)
+    theirs = runner.Outcome([[5, 6, 7], [8, 11, 12]], 1.0, 0.5)
+    asked = []
+
+    def near_misses(prompts: list[list[int]], tokens: list[int]) -> list[float]:
+        asked.append((prompts, tokens))
+        return [runner.NEAR_TIE / 2]
+
+    agreement = runner.check_agreement(work, ours, theirs, near_misses)
+    assert asked == [([[3, 4, 8]], [11])]  # the prompt and what both gave, then the other's token
+    assert agreement == {
+        "sequences": 2,
+        "identical": 1,
+        "shortest_common_prefix": 1,
+        "largest_gap": runner.NEAR_TIE / 2,
+    }
+    with pytest.raises(runner.DifferentWorkError, match="token 1 of sequence 1 is 11"):
+        runner.check_agreement(work, ours, theirs, lambda *_: [runner.NEAR_TIE * 2])
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("measures", "changes", "value"),
+    [
+        ("decode", {"num_prompts": 1}, 5 / 1.5),
+        ("prefill", {}, 16 / 0.5),
+        ("throughput", {}, 12 / 2.0),
+    ],
+)
+def test_what_a_row_measures(measures: str, changes: dict[str, Any], value: float) -> None:
+    outcome = runner.Outcome([], seconds=2.0, first_token_seconds=0.5)
+    one = row(measures=measures, **changes)
+    assert one.value(one.work(384), outcome) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("measures", ["load", "start", "start_text", "memory"])
+def test_rows_of_whole_processes(models: Path, measures: str) -> None:
+    result = run(models, "honest", measures=measures, num_prompts=1, max_tokens=1)
+    for peer in result["peers"]:
+        assert peer["agreement"] is None or peer["agreement"]["identical"] == 1
+        assert len(peer["values"]) == 2
+        assert all(value > 0 for value in peer["values"])
+    low, high = (1 << 20, 1 << 32) if measures == "memory" else (0.01, 60)
+    assert low < result["peers"][0]["median"] < high
+
+
+def test_limits_of_a_known_model() -> None:
+    """Llama-3.2-1B by hand: a step reads 2.47 GB, a token costs 1.95 GFLOP in the layers."""
+    cost = roofline.ModelCost(973_078_528, 2048 * 128_256, 16 * 2 * 8 * 64, 16 * 32 * 64)
+    limits = MachineLimits(29.5e9, 450e9)
+    assert cost.weight_bytes() == pytest.approx(2.4715e9, rel=1e-3)
+    decode = 63 / cost.decode_seconds(limits, [16], [63])
+    assert decode == pytest.approx(11.9, rel=0.01)
+    prefill = 512 / cost.prefill_seconds(limits, [512])
+    assert prefill == pytest.approx(226, rel=0.03)  # the 226 leaves out the attention
+    batch = row(num_prompts=32, prompt_len=32, max_tokens=64)
+    batched = batch.limit(batch.work(128_256), cost, limits)
+    assert batched == pytest.approx(130, rel=0.03)
+
+
+def test_the_cost_of_a_checkpoint_is_that_of_its_tensors(models: Path) -> None:
+    cost = roofline.ModelCost.of(models / "tiny")
+    config = FAMILIES[FAMILY].config
+    from tinyvllm.dummy import tensor_shapes
+
+    shapes = tensor_shapes(config)
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    in_layers = sum(a * b for name, (a, b) in matrices.items() if ".layers." in name)
+    assert cost.layer_parameters == in_layers
+
+
+def test_a_results_file_says_nothing_of_who_and_where(models: Path, tmp_path: Path) -> None:
+    result = run(models, "honest")
+    results.put_row(tmp_path / "out.json", result, ["row"])
+    text = (tmp_path / "out.json").read_text() + results.to_markdown([result])
+    assert str(models) not in text
+    assert str(Path.home()) not in text
+    import platform
+
+    assert platform.node() not in text
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == [result]
+
+
+def test_a_new_run_of_a_row_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    for name, value in (("b", 1), ("a", 2), ("b", 3)):
+        results.put_row(path, {"row": name, "value": value}, ["a", "b"])
+    assert results.read_rows(path) == [{"row": "a", "value": 2}, {"row": "b", "value": 3}]
+
+
+def test_every_benchmark_is_a_list_of_rows_with_names_of_their_own() -> None:
+    for name in ("cpu", "compare", "gpu"):
+        rows = _module(name).ROWS
+        names = [one.name for one in rows]
+        assert len(names) == len(set(names))
+        assert all(dataclasses.is_dataclass(one) for one in rows)
+
+
+def test_prompts_are_the_same_in_every_run_and_without_special_tokens() -> None:
+    first, second = (row(prompt_len=64).work(384) for _ in range(2))
+    assert first == second
+    assert all(token > 100 for prompt in first.prompts for token in prompt)
