@@ -1,4 +1,4 @@
-"""A build with CUDA: what it needs, what it says where there is no GPU, and the way to the device."""
+"""A build with CUDA: what it needs, what it says where there is no GPU, the way to the device."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ def test_what_is_uploaded_comes_back(num_threads: int) -> None:
 @pytest.mark.skipif(_core.cuda_build() != "emulated", reason="the emulator's memory is small")
 def test_memory_that_the_device_lacks_is_named_with_the_numbers() -> None:
     array = np.zeros(1 << 30, np.uint8)  # of which the kernel gives no page before it is written
-    with pytest.raises(CapacityError, match="1073741824 bytes are needed, [0-9]+ of [0-9]+ are"):
+    with pytest.raises(CapacityError, match=r"1073741824 bytes are needed, [0-9]+ of [0-9]+ are"):
         _core.upload_and_read_back(cuda(), [array], 1)

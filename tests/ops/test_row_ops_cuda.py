@@ -1,4 +1,4 @@
-"""What only CUDA does of gather_rows, rms_norm, rope and silu_mul: bfloat16 comes in, rows are padded,
+"""What only CUDA does of gather_rows, rms_norm, rope and silu_mul: bfloat16 comes in, padding,
 wide loads where the rows allow them."""
 
 from __future__ import annotations
