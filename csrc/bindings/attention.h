@@ -1,5 +1,5 @@
-// Attention over a batch that the host describes, for ops.cpp: on CUDA its arrays go to the device, as
-// a runner of the engine sends them.
+// Attention over a batch that the host describes, for ops.cpp: on CUDA its arrays go to the
+// device, as a runner of the engine sends them.
 #pragma once
 
 #include <algorithm>

@@ -64,13 +64,13 @@ struct CudaSequences {
   const std::int32_t* block_tables = nullptr;     // [num_decodes + num_chunks, max_blocks]
   std::int32_t max_blocks = 0;
 
-  // The work of the decodes: pairs (sequence, split), a split being decode_split() positions at
-  // a multiple of it. The splits of a sequence lie side by side, ascending from 0; a padded row has
+  // The work of the decodes: pairs (sequence, split), a split being decode_split() positions at a
+  // multiple of it. The splits of a sequence lie side by side, ascending from 0; a padded row has
   // one. The grid is fixed and loops.
   const std::int32_t* decode_items = nullptr;      // [*num_decode_items, 2]
   const std::int32_t* num_decode_items = nullptr;  // a scalar
-  std::int32_t max_decode_items = 0;               // how many the workspace has room for
-  std::int32_t split = 0;                          // 0: decode_split()
+  std::int32_t max_decode_items = 0;               // how many it and the workspace have room for
+  std::int32_t split = 0;                          // 0: decode_split(); a multiple of 128
 
   // The chunks: chunk i has the rows num_decodes + chunk_starts[i] to num_decodes +
   // chunk_starts[i + 1] of q, cut into tiles of chunk_tile_tokens() tokens. Never in a graph.

@@ -1,9 +1,9 @@
 // The attention of a layer, from the product to what the output projection reads:
 // qk_norm_rope_and_cache (ops/rope.h), then paged_attention. The arguments are theirs.
 //
-// On CUDA a decode does both in one kernel where head_dim is 64 or 128 and the dtype bfloat16: at few
-// sequences a launch costs as much as its work. What it leaves of q, k and v in qkv is then what was
-// there before.
+// On CUDA a decode does both in one kernel where head_dim is 64 or 128 and the dtype bfloat16: at
+// few sequences a launch costs as much as its work. What it leaves of q, k and v in qkv is then
+// what was there before.
 #pragma once
 
 #include <span>

@@ -222,9 +222,34 @@ def cuda_sample(
 def cuda_logprobs(
     ctx: CudaContext, logits: Floats, tokens: npt.ArrayLike, k: int
 ) -> list[Logprobs]: ...
+def time_attention(
+    ctx: CudaContext,
+    num_sequences: int,
+    num_tokens: int,
+    context: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_layers: int,
+    block_size: int,
+    split: int,
+    passes: int,
+    repetitions: int,
+) -> list[float]: ...
+def time_sampling(
+    ctx: CudaContext,
+    num_rows: int,
+    vocab: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_logprobs: int,
+    passes: int,
+    repetitions: int,
+) -> list[float]: ...
 def cuda_feed_tokens(
     ctx: CudaContext, sampled: npt.ArrayLike, sources: npt.ArrayLike, tokens: npt.ArrayLike
-) -> npt.NDArray[np.int32]: ...
+) -> list[int]: ...
 def upload_and_read_back(
     ctx: CudaContext, arrays: Sequence[npt.NDArray[np.uint8]], num_threads: int
 ) -> list[npt.NDArray[np.uint8]]: ...
@@ -313,6 +338,23 @@ class _Ops:
     ) -> Tensor: ...
     @staticmethod
     def copy_blocks(ctx: Context, pool: Tensor, copies: Sequence[tuple[int, int]]) -> Tensor: ...
+    @staticmethod
+    def rope_and_attend(
+        ctx: Context,
+        qkv: Tensor,
+        num_heads: int,
+        q_norm: npt.ArrayLike | None,
+        k_norm: npt.ArrayLike | None,
+        eps: float,
+        cos_sin: npt.ArrayLike,
+        slots: npt.ArrayLike,
+        keys: Tensor,
+        values: Tensor,
+        sequences: Sequence[tuple[int, int, Sequence[int]]],
+        window: int,
+        scale: float,
+        dtype: str,
+    ) -> Tensor: ...
     @staticmethod
     def paged_attention(
         ctx: Context,

@@ -170,7 +170,8 @@ __device__ inline int dimension_of(int i, int g) {
 // computes when, and where a window begins, changes no bit of a tile's result.
 //
 // kRotates: a.q are rows of qkv as the product left them. The blocks normalise and rotate q for
-// themselves; the warp that has the newest position does so with k, and puts k and v into the cache.
+// themselves; the warp that has the newest position does so with k, and puts k and v into the
+// cache.
 //
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
@@ -190,15 +191,25 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
   auto* shared = reinterpret_cast<float*>(new_value + kDim);
   bool waited = false;
 
-  for (int task = static_cast<int>(blockIdx.x); task < num_tasks;
-       task += static_cast<int>(gridDim.x)) {
+  // Up to the first K and V every load needs the one before it. At few sequences that is most of
+  // the time, so what can be asked for early is, and checked later: the item, the block.
+  for (int task = static_cast<int>(blockIdx.x);; task += static_cast<int>(gridDim.x)) {
     const int item = task / shares, share = task % shares;
+    if (item >= a.sequences.max_decode_items) break;
     const int kv_head = share / head_tiles;
     const int first_head = kv_head * group + share % head_tiles * kDecodeHeads;
     const int heads = min(kDecodeHeads, (kv_head + 1) * group - first_head);
     const int sequence = a.sequences.decode_items[2 * item];
     const int split = a.sequences.decode_items[2 * item + 1];
+    if (task >= num_tasks) break;
+    const std::int32_t* table = a.block_table(sequence);
     const int context = a.sequences.context_lengths[sequence];
+    // Without a window the warp's first tile does not depend on the context.
+    const int first_tile = split * split_size / kDecodeTile + warp;
+    std::int64_t offset = 0;
+    if (a.window == 0 && first_tile * kDecodeTile / a.block_size < a.sequences.max_blocks) {
+      offset = a.offset(table, kv_head, first_tile * kDecodeTile);
+    }
     const int first = a.first_seen(context - 1);
     const int begin = max(first, split * split_size), end = min(context, (split + 1) * split_size);
     BFloat16* out = a.out + sequence * a.out_stride + first_head * kDim;
@@ -212,11 +223,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
       continue;
     }
 
-    const std::int32_t* table = a.block_table(sequence);
     // Tiles in this split: those that are congruent to the warp's number.
     const int end_tile = (end + kDecodeTile - 1) / kDecodeTile;
-    const int begin_tile = begin / kDecodeTile;
-    int tile = begin_tile + ((warp - begin_tile) & (kDecodeWarps - 1));
+    int tile = first_tile;
+    while (tile < begin / kDecodeTile) tile += kDecodeWarps;
 
     std::uint32_t keys[2][kDim / 8], values[4][kDim / 16];
     const auto valid = [&](int position) { return position >= begin && position < end; };
@@ -241,10 +251,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     };
 
     // This step's own K and V are the work of the kernel before; older ones can be read before it.
-    std::int64_t offset = 0;
     const bool any = tile < end_tile;
     const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
-    if (any) offset = a.offset(table, kv_head, tile * kDecodeTile);
+    if (any && a.window > 0) offset = a.offset(table, kv_head, tile * kDecodeTile);
     if (early) load_keys(tile, offset), load_values(tile, offset);
     if (!waited) wait_for_previous();
     waited = true;
