@@ -141,6 +141,16 @@ def test_a_decode_of_several_splits_matches_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_many_decodes_in_longer_splits_match_float64(
+    device: Any, rng: np.random.Generator, dtype: str
+) -> None:
+    lengths = [2 * SPLIT + 19, *[5] * 14, 2 * SPLIT]  # 16 sequences of 2 KV heads: splits of 512
+    contexts = [context_of(rng, n, 1, 4, 2, 64, dtype) for n in lengths]
+    got = attend(device, Pool(contexts, 16), 0.5)
+    assert error(got, contexts, 0.5) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 100, SPLIT + 3])
 def test_a_window_hides_what_lies_before_it_and_does_not_read_it(
     device: Any, rng: np.random.Generator, window: int, dtype: str
