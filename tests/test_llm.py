@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tinyvllm.errors import (
     InvalidRequestError,
     TinyvllmError,
 )
+from tinyvllm.text_engine import BUNDLED_MODEL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -378,3 +380,26 @@ def test_what_is_not_obeyed_is_said() -> None:
     warnings = sampling_defaults({"no_repeat_ngram_size": 3, "num_beams": 1}).warnings
     assert len(warnings) == 1
     assert "no_repeat_ngram_size = 3" in warnings[0]
+
+
+def test_a_deferred_tokenizer_changes_neither_tokens_nor_text() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    prompt = [5, 6, 7, 8]
+    with LLM() as llm:
+        want = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+    with LLM(defer_tokenizer=True) as llm:
+        assert "tokenizer" not in llm.load_seconds()
+        deltas = list(llm.stream([prompt], params))
+        assert "tokenizer" in llm.load_seconds()
+    assert deltas[0].token_ids == want.token_ids[:1]
+    assert deltas[0].text == ""  # it follows with the next token
+    assert [token for delta in deltas for token in delta.token_ids] == want.token_ids
+    assert "".join(delta.text for delta in deltas) == want.text
+
+
+def test_a_deferred_tokenizer_that_is_broken_is_an_error_when_it_is_needed(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(path.read_text()[:-20])
+    with LLM(tmp_path / "model", defer_tokenizer=True) as llm, pytest.raises(CheckpointError):
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3), use_tqdm=False)

@@ -72,30 +72,20 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::max(options.max_tokens, padded(options.max_draws)),
              std::max(padded(options.max_draws), kPromptLogprobRows)),
       max_blocks_((options.max_model_len + options.block_size - 1) / options.block_size),
-      batch_inputs_(
-          static_cast<std::size_t>(std::max(options.max_tokens, padded(options.max_draws))) *
-                  (4 * sizeof(std::int32_t) + sizeof(std::int64_t)) +
-              static_cast<std::size_t>(padded(options.max_draws)) * 8 * sizeof(std::int32_t) + 1024,
-          "the batch"),
-      item_inputs_(static_cast<std::size_t>(max_decode_items(0)) * 2 * sizeof(std::int32_t),
-                   "the work list of attention"),
-      table_inputs_(
-          static_cast<std::size_t>(options.max_draws * max_blocks_) * sizeof(std::int32_t),
-          "the block tables"),
+      step_inputs_(max_step_bytes(), "the arrays of a step"),
       copy_inputs_(4096, "copies of blocks"),
-      draw_inputs_(static_cast<std::size_t>(options.max_draws) * sizeof(SampleRow) + 65536,
-                   "sampling"),
+      edit_inputs_(4096, "changes of logits"),
       prompt_inputs_(4096, "logprobs of prompts"),
       tables_(
           static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) * sizeof(std::int32_t),
           "the block tables"),
-      results_(static_cast<std::size_t>(2 * options.max_draws) * sizeof(std::int32_t),
+      results_(static_cast<std::size_t>(2 * padded(options.max_draws)) * sizeof(std::int32_t),
                "sampled tokens") {
   for (auto& host : host_results_) host = cuda::PinnedMemory(results_.size(), "sampled tokens");
   const ModelConfig& config = model_.config();
   ctx_.reserve_workspace(std::max(
       {paged_attention_workspace_bytes(max_decode_items(0), config.num_heads, config.head_dim),
-       sample_workspace_bytes(options.max_draws)}));
+       sample_workspace_bytes(padded(options.max_draws))}));
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx_, tables_.data(), 0, tables_.size());
 }
@@ -136,26 +126,39 @@ std::int64_t CudaRunner::max_decode_items(std::int64_t num_decodes) const {
   return most;
 }
 
+// A step's arrays at their largest: what there is a row, a sequence, a split and a block of.
+std::size_t CudaRunner::max_step_bytes() const {
+  const std::int64_t sequences = padded(options_.max_draws);
+  const std::int64_t rows = std::max(options_.max_tokens, sequences);
+  return static_cast<std::size_t>(
+      rows * std::int64_t{4 * sizeof(std::int32_t) + sizeof(std::int64_t)} +
+      sequences * std::int64_t{8 * sizeof(std::int32_t) + sizeof(SampleRow)} +
+      rows * std::int64_t{2 * sizeof(std::int32_t)} +
+      (2 * max_decode_items(0) + sequences * max_blocks_) * std::int64_t{sizeof(std::int32_t)} +
+      1024);
+}
+
 void CudaRunner::launch(const StepPlan& plan) {
   ctx_.activate();
-  InFlight& step = in_flight_[num_launched_ % kStepsInFlight];
+  InFlight& in_flight = in_flight_[num_launched_ % kStepsInFlight];
   copy_forked_blocks(plan.copies);
-  const DeviceBatch batch = send_batch(plan);
-  const bool decodes_only = batch.batch.sequences.num_chunks == 0;
+  const DeviceStep step = send(plan, in_flight);
+  const bool decodes_only = step.batch.sequences.num_chunks == 0;
   if (decodes_only && !options_.eager) {
-    compute_as_graph(batch);
+    compute_as_graph(step);
   } else {
-    compute(batch);
+    compute(step);
+    draw(step.draws);
   }
-  draw(plan, step);
-  find_prompt_logprobs(plan, step);
-  step.done.record(ctx_.stream());
+  fetch_draws(step.draws);
+  find_prompt_logprobs(plan, in_flight);
+  in_flight.done.record(ctx_.stream());
   ++num_launched_;
 }
 
 // The batch on the device has the sequences with one token in front. A step that has no others is
 // padded, and the logits of all its rows are computed.
-CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
+CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_flight) {
   struct Entry {
     const Sequence* sequence;
     std::int64_t num_tokens;
@@ -178,11 +181,10 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
   std::int64_t num_tiles = 0;
   for (const Entry& chunk : chunks) num_tiles += num_splits(chunk.num_tokens, tile);
 
-  StepInputs& in = batch_inputs_;
-  const auto bytes = static_cast<std::size_t>(
-      num_rows * 24 + (2 * num_sequences + std::ssize(chunks) + 2 * num_tiles + num_rows) * 4 +
-      512);
-  in.begin(ctx_, num_launched_, bytes);
+  // Arrays whose size follows from the padded batch come first, so that they lie where a graph
+  // knows them; the work list and the block tables behind them are as long as they are.
+  StepInputs& in = step_inputs_;
+  in.begin(ctx_, num_launched_, 0);
   const auto tokens = in.add<std::int32_t>(num_rows);
   const auto sources = in.add<std::int32_t>(num_rows);
   const auto positions = in.add<std::int32_t>(num_rows);
@@ -193,18 +195,23 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
   const auto logit_rows = in.add<std::int32_t>(num_rows);
   const auto chunk_starts = in.add<std::int32_t>(std::ssize(chunks) + 1);
   const auto chunk_tiles = in.add<std::int32_t>(2 * num_tiles);
-  item_inputs_.begin(ctx_, num_launched_, 0);
-  const auto items = item_inputs_.add<std::int32_t>(2 * max_decode_items(0));
-  table_inputs_.begin(ctx_, num_launched_, 0);
-  const auto entries = table_inputs_.add<std::int32_t>(num_blocks);
+  const auto draws = in.add<SampleRow>(pad ? num_decodes : std::ssize(plan.draws));
+  const std::int64_t split = decode_split(num_decodes, config.num_kv_heads);
+  std::int64_t num_splits_in_all = num_decodes - std::ssize(decodes);
+  for (const Entry& decode : decodes) {
+    num_splits_in_all +=
+        num_splits(static_cast<std::int64_t>(decode.sequence->num_computed_tokens) + 1, split);
+  }
+  const auto items = in.add<std::int32_t>(2 * num_splits_in_all + num_blocks);
+  std::int32_t num_entries = static_cast<std::int32_t>(2 * num_splits_in_all);
 
   device_rows_.assign(static_cast<std::size_t>(num_tokens), -1);
-  std::int32_t row = 0, sequence_index = 0, num_entries = 0;
+  std::int32_t row = 0, sequence_index = 0;
   const auto add_sequence = [&](const Entry& entry) {
     const Sequence& sequence = *entry.sequence;
     const auto first = static_cast<std::int64_t>(sequence.num_computed_tokens);
     table_starts.host[sequence_index] = num_entries;
-    std::copy(sequence.block_table.begin(), sequence.block_table.end(), entries.host + num_entries);
+    std::copy(sequence.block_table.begin(), sequence.block_table.end(), items.host + num_entries);
     num_entries += static_cast<std::int32_t>(sequence.block_table.size());
     context_lengths.host[sequence_index++] = static_cast<std::int32_t>(first + entry.num_tokens);
     for (std::int64_t i = 0; i < entry.num_tokens; ++i, ++row) {
@@ -218,7 +225,6 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
     }
   };
 
-  const std::int64_t split = decode_split(num_decodes, config.num_kv_heads);
   std::int32_t num_pairs = 0;
   const auto add_items = [&](std::int32_t index, std::int64_t context) {
     for (std::int64_t i = 0; i < std::max<std::int64_t>(1, num_splits(context, split)); ++i) {
@@ -269,10 +275,9 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
     for (const Draw& draw : plan.draws) want(device_rows_[static_cast<std::size_t>(draw.row)]);
   }
 
+  const SampleBatch sample_batch =
+      send_draws(plan, draws, pad ? num_decodes : std::ssize(plan.draws), in_flight);
   in.send(ctx_);
-  table_inputs_.send(ctx_);
-  cuda::copy_to_device(ctx_, items.device, items.host,
-                       static_cast<std::size_t>(2 * num_pairs) * sizeof(std::int32_t));
   const auto rows = static_cast<std::size_t>(num_rows);
   return {.batch = {.tokens = {tokens.device, rows},
                     .positions = {positions.device, rows},
@@ -291,31 +296,38 @@ CudaRunner::DeviceBatch CudaRunner::send_batch(const StepPlan& plan) {
                                   .num_chunk_tiles = num_tile}},
           .tokens = tokens.device,
           .sources = sources.device,
-          .table_entries = entries.device,
+          .table_entries = items.device,
           .table_starts = table_starts.device,
           .num_sequences = static_cast<std::int32_t>(num_sequences),
-          .logit_rows = {logit_rows.device, static_cast<std::size_t>(num_logits)}};
+          .logit_rows = {logit_rows.device, static_cast<std::size_t>(num_logits)},
+          .draws = sample_batch};
 }
 
 // The kernels of a step up to the logits, in the order of the stream.
-void CudaRunner::compute(const DeviceBatch& batch) {
-  spread_block_tables(ctx_, batch.table_entries, batch.table_starts, batch.num_sequences,
+void CudaRunner::compute(const DeviceStep& step) {
+  spread_block_tables(ctx_, step.table_entries, step.table_starts, step.num_sequences,
                       static_cast<std::int32_t>(max_blocks_), tables_.as<std::int32_t>());
-  feed_tokens(ctx_, device_tokens(), batch.sources,
-              static_cast<std::int32_t>(batch.batch.tokens.size()), batch.tokens);
-  model_.forward(batch.batch, *kv_cache_);
-  logits_ = batch.logit_rows.empty() ? MutTensorView{} : model_.logits(batch.logit_rows);
+  feed_tokens(ctx_, device_tokens(), step.sources,
+              static_cast<std::int32_t>(step.batch.tokens.size()), step.tokens);
+  model_.forward(step.batch, *kv_cache_);
+  logits_ = step.logit_rows.empty() ? MutTensorView{} : model_.logits(step.logit_rows);
 }
 
-void CudaRunner::compute_as_graph(const DeviceBatch& batch) {
-  const auto size = static_cast<std::int64_t>(batch.batch.tokens.size());
-  const auto known = graphs_.find(size);
-  const cuda::Graph& graph =
-      known != graphs_.end()
-          ? known->second
-          : graphs_.try_emplace(size, ctx_, [&] { compute(batch); }).first->second;
-  graph.replay(ctx_);
+void CudaRunner::compute_as_graph(const DeviceStep& step) {
+  const auto size = static_cast<std::int64_t>(step.batch.tokens.size());
+  const bool draws_inside =
+      !step.draws.any_filter && !step.draws.any_logprobs && step.draws.num_edits == 0;
+  auto graph = graphs_.find({size, draws_inside});
+  if (graph == graphs_.end()) {
+    const auto record = [&] {
+      compute(step);
+      if (draws_inside) draw(step.draws);
+    };
+    graph = graphs_.try_emplace({size, draws_inside}, ctx_, record).first;
+  }
+  graph->second.replay(ctx_);
   logits_ = model_.logits_view(size);
+  if (!draws_inside) draw(step.draws);
 }
 
 // The GPU makes all copies of a launch at once: one that touches the target of another waits for the
@@ -344,54 +356,59 @@ void CudaRunner::copy_forked_blocks(const std::vector<BlockCopy>& copies) {
   }
 }
 
-void CudaRunner::draw(const StepPlan& plan, InFlight& step) {
+// What is drawn, into `rows`, of which those behind the last draw are padding; the changes of logits
+// that some requests ask for are sent.
+SampleBatch CudaRunner::send_draws(const StepPlan& plan, StepInputs::Array<SampleRow> rows,
+                                   std::int64_t num_rows, InFlight& step) {
   step.origins.clear();
   step.num_logprobs.clear();
-  const auto num_draws = static_cast<std::int32_t>(plan.draws.size());
-  if (num_draws == 0) return;
+  SampleBatch batch{.rows = rows.device, .num_rows = static_cast<std::int32_t>(num_rows)};
   std::vector<LogitEdit> edits;
   std::int32_t last_edited = -1;  // the draws of one row lie side by side
-  for (const Draw& draw : plan.draws) {
+  for (std::size_t i = 0; i < plan.draws.size(); ++i) {
+    const Draw& draw = plan.draws[i];
     const std::int32_t device_row = device_rows_[static_cast<std::size_t>(draw.row)];
     const std::int32_t logits_row = logits_index_[static_cast<std::size_t>(device_row)];
-    if (logits_row == last_edited) continue;
+    if (logits_row != last_edited) {
+      append_logit_edits(*draw.sequence, eos_token_ids_, logits_row, edits);
+    }
     last_edited = logits_row;
-    append_logit_edits(*draw.sequence, eos_token_ids_, logits_row, edits);
-  }
-  draw_inputs_.begin(ctx_, num_launched_,
-                     plan.draws.size() * sizeof(SampleRow) + edits.size() * sizeof(LogitEdit) + 64);
-  const auto rows = draw_inputs_.add<SampleRow>(num_draws);
-  const auto device_edits = draw_inputs_.add<LogitEdit>(std::ssize(edits));
-  std::copy(edits.begin(), edits.end(), device_edits.host);
-  bool any_filter = false, any_logprobs = false;
-  for (std::int32_t i = 0; i < num_draws; ++i) {
-    const Draw& draw = plan.draws[static_cast<std::size_t>(i)];
-    const std::int32_t device_row = device_rows_[static_cast<std::size_t>(draw.row)];
-    rows.host[i] = sample_row(*draw.sequence, draw.sample,
-                              logits_index_[static_cast<std::size_t>(device_row)]);
-    any_filter = any_filter || rows.host[i].has_filter();
-    any_logprobs = any_logprobs || rows.host[i].num_logprobs >= 0;
+    SampleRow& row = rows.host[i];
+    row = sample_row(*draw.sequence, draw.sample, logits_row);
+    batch.any_filter = batch.any_filter || row.has_filter();
+    batch.any_logprobs = batch.any_logprobs || row.num_logprobs >= 0;
     step.origins.emplace_back(*draw.sequence);
-    step.num_logprobs.push_back(rows.host[i].num_logprobs);
+    step.num_logprobs.push_back(row.num_logprobs);
   }
-  draw_inputs_.send(ctx_);
-  if (any_logprobs) make_room(draw_logprobs_, options_.max_draws);
+  std::fill(rows.host + plan.draws.size(), rows.host + num_rows, SampleRow{});
+  if (!edits.empty()) {
+    edit_inputs_.begin(ctx_, num_launched_, edits.size() * sizeof(LogitEdit));
+    const auto array = edit_inputs_.add<LogitEdit>(std::ssize(edits));
+    std::copy(edits.begin(), edits.end(), array.host);
+    edit_inputs_.send(ctx_);
+    batch.edits = array.device;
+    batch.num_edits = static_cast<std::int32_t>(edits.size());
+  }
+  if (batch.any_logprobs) make_room(draw_logprobs_, options_.max_draws);
+  return batch;
+}
 
-  std::int32_t* errors = device_tokens() + options_.max_draws;
-  const std::size_t slot = num_launched_ % kStepsInFlight;
-  sample(ctx_, logits_,
-         {.rows = rows.device,
-          .num_rows = num_draws,
-          .edits = device_edits.device,
-          .num_edits = static_cast<std::int32_t>(edits.size()),
-          .any_filter = any_filter,
-          .any_logprobs = any_logprobs},
+void CudaRunner::draw(const SampleBatch& draws) {
+  if (draws.num_rows == 0) return;
+  std::int32_t* errors = device_tokens() + padded(options_.max_draws);
+  sample(ctx_, logits_, draws,
          {.tokens = device_tokens(),
           .errors = reinterpret_cast<SampleError*>(errors),
-          .logprobs = any_logprobs ? logprobs_at(draw_logprobs_.device.data(), draw_logprobs_.rows)
-                                   : LogprobOutputs{}});
+          .logprobs = draws.any_logprobs
+                          ? logprobs_at(draw_logprobs_.device.data(), draw_logprobs_.rows)
+                          : LogprobOutputs{}});
+}
+
+void CudaRunner::fetch_draws(const SampleBatch& draws) {
+  if (draws.num_rows == 0) return;
+  const std::size_t slot = num_launched_ % kStepsInFlight;
   cuda::copy_to_host(ctx_, host_results_[slot].data(), results_.data(), results_.size());
-  if (any_logprobs) {
+  if (draws.any_logprobs) {
     cuda::copy_to_host(ctx_, draw_logprobs_.host[slot].data(), draw_logprobs_.device.data(),
                        draw_logprobs_.device.size());
   }
@@ -451,7 +468,7 @@ StepResult CudaRunner::collect() {
 
   StepResult result;
   const auto* tokens = host_results_[slot].as<std::int32_t>();
-  const auto* errors = reinterpret_cast<const SampleError*>(tokens + options_.max_draws);
+  const auto* errors = reinterpret_cast<const SampleError*>(tokens + padded(options_.max_draws));
   result.samples.resize(step.origins.size());
   result.errors.resize(step.origins.size());
   for (std::size_t i = 0; i < step.origins.size(); ++i) {

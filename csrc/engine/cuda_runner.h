@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
@@ -55,8 +56,8 @@ class CudaRunner : public Runner {
   void abandon() override;
 
  private:
-  // The batch of a step on the device, and how many rows of it have logits.
-  struct DeviceBatch {
+  // A step on the device: the batch, which of its rows have logits, and what is drawn from them.
+  struct DeviceStep {
     Batch<CudaSequences> batch;
     std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
     const std::int32_t* sources;  // of each token: a draw of the step before, or -1
@@ -64,6 +65,7 @@ class CudaRunner : public Runner {
     const std::int32_t* table_starts;
     std::int32_t num_sequences;
     std::span<const std::int32_t> logit_rows;
+    SampleBatch draws;
   };
 
   // Logprobs of up to `rows` tokens, on the device and, for each step in flight, on the host.
@@ -83,11 +85,15 @@ class CudaRunner : public Runner {
 
   std::int64_t padded(std::int64_t num_sequences) const;
   std::int64_t max_decode_items(std::int64_t num_decodes) const;
-  DeviceBatch send_batch(const StepPlan& plan);
-  void compute(const DeviceBatch& batch);
-  void compute_as_graph(const DeviceBatch& batch);
+  DeviceStep send(const StepPlan& plan, InFlight& in_flight);
+  SampleBatch send_draws(const StepPlan& plan, StepInputs::Array<SampleRow> rows,
+                         std::int64_t num_rows, InFlight& step);
+  void compute(const DeviceStep& step);
+  void compute_as_graph(const DeviceStep& step);
+  void draw(const SampleBatch& draws);
+  void fetch_draws(const SampleBatch& draws);
+  std::size_t max_step_bytes() const;
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
-  void draw(const StepPlan& plan, InFlight& step);
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
   void make_room(LogprobBuffers& buffers, std::int64_t rows);
   std::int32_t* device_tokens() const { return results_.as<std::int32_t>(); }
@@ -99,13 +105,15 @@ class CudaRunner : public Runner {
   const std::int64_t max_blocks_;  // of a block table
   std::optional<KvCache> kv_cache_;
 
-  StepInputs batch_inputs_, item_inputs_, table_inputs_, copy_inputs_, draw_inputs_, prompt_inputs_;
+  StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
   cuda::DeviceMemory results_;  // [max_draws] int32 tokens, then as many errors
   std::array<cuda::PinnedMemory, kStepsInFlight> host_results_;
   LogprobBuffers draw_logprobs_, prompt_logprobs_;
 
-  std::map<std::int64_t, cuda::Graph> graphs_;  // by the padded number of sequences
+  // By the padded number of sequences, and whether the draws are a part of it: not if they have
+  // options that depend on the request.
+  std::map<std::pair<std::int64_t, bool>, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
   MutTensorView logits_{};                 // of the step that was launched last

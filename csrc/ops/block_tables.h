@@ -5,7 +5,7 @@
 // The host sends only what there is: 256 tables of a model with a context of 131,072 tokens would be
 // 8 MB a step.
 //
-//   entries  [starts[num_sequences]]      block ids
+//   entries  [starts[num_sequences]]      block ids; what lies before starts[0] is somebody else's
 //   starts   [num_sequences + 1]
 //   tables   [num_sequences, max_blocks]
 //

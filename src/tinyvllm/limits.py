@@ -42,7 +42,9 @@ def measure_limits(device: str = "auto", num_threads: int | None = None) -> Mach
     )
 
 
-def measure_cuda_limits(rows: int = 8192, outputs: int = 16384, depth: int = 16384) -> MachineLimits:
+def measure_cuda_limits(
+    rows: int = 8192, outputs: int = 16384, depth: int = 16384
+) -> MachineLimits:
     """What the card reads from a matrix of 512 MiB, and what its best matrix product multiplies.
 
     The sizes are those at which a large card is at its limit; the emulator takes smaller ones.

@@ -14,7 +14,7 @@ from tinyvllm.outputs import (
     TokenLogprobs,
 )
 from tinyvllm.sampling_params import SamplingParams
-from tinyvllm.tokenizer import Tokenizer
+from tinyvllm.tokenizer import Tokenizer, TokenizerLoader
 
 # What the engine reports for a token: its logprob, its rank, the best ids and their logprobs.
 CoreLogprobs = tuple[float, int, list[int], list[float]]
@@ -34,7 +34,7 @@ class ActiveRequest:
         prompt_index: int,
         prompt: ParsedPrompt,
         params: SamplingParams,
-        tokenizer: Tokenizer,
+        tokenizer: TokenizerLoader,
         incremental: bool,
     ) -> None:
         """incremental: whether text is wanted as it comes, or once, at the end."""
@@ -64,7 +64,7 @@ class ActiveRequest:
             delta.token_ids.append(token)
             delta.text = output.push(token, finish)
             if logprobs is not None:
-                delta.logprobs = [_logprobs(self._tokenizer, token, logprobs)]
+                delta.logprobs = [_logprobs(self._tokenizer.result(), token, logprobs)]
         if finish is not None:
             output.finish(delta, token, finish)
         if delta.text or delta.token_ids or delta.finish_reason:
@@ -77,7 +77,7 @@ class ActiveRequest:
         self._prompt_logprobs = [
             None,
             *(
-                _logprobs(self._tokenizer, token, entry)
+                _logprobs(self._tokenizer.result(), token, entry)
                 for token, entry in zip(tokens, entries, strict=True)
             ),
         ]
@@ -112,21 +112,18 @@ class _Output:
     """One of a request's n outputs: its tokens become text.
 
     They are decoded as they come only where somebody waits for the text or a stop string must be
-    found; else once, at the end. Both give the same text.
+    found; else once, at the end. Both give the same text. Where the tokenizer is deferred, the
+    first token does not wait for it, unless a stop string must be found.
     """
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer, incremental: bool) -> None:
+    def __init__(
+        self, params: SamplingParams, tokenizer: TokenizerLoader, incremental: bool
+    ) -> None:
         self._params = params
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []  # kept only for decoding at the end
+        self._incremental = incremental or bool(params.stop_strings)
+        self._token_ids: list[int] = []  # that wait to be decoded
         self._detokenizer: IncrementalDetokenizer | None = None
-        if incremental or params.stop_strings:
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer,
-                skip_special_tokens=params.skip_special_tokens,
-                stop=params.stop_strings,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-            )
 
     @property
     def stopped(self) -> bool:
@@ -137,17 +134,33 @@ class _Output:
         """Takes a token and returns the text that is certain now."""
         if finish == "stop" and not self._params.include_stop_str_in_output:
             return ""  # the token that ends an output is no part of its text, as in vLLM
-        if self._detokenizer is not None:
-            return self._detokenizer.push([token])
         self._token_ids.append(token)
-        return ""
+        is_first = len(self._token_ids) == 1 and self._detokenizer is None
+        can_wait = is_first and not self._tokenizer.is_loaded and not self._params.stop_strings
+        if can_wait or not self._incremental:
+            return ""
+        return self._decode_waiting()
+
+    def _decode_waiting(self) -> str:
+        if self._detokenizer is None:
+            self._detokenizer = IncrementalDetokenizer(
+                self._tokenizer.result(),
+                skip_special_tokens=self._params.skip_special_tokens,
+                stop=self._params.stop_strings,
+                include_stop_str_in_output=self._params.include_stop_str_in_output,
+            )
+        token_ids, self._token_ids = self._token_ids, []
+        return self._detokenizer.push(token_ids)
 
     def finish(self, delta: RequestDelta, token: int, finish: str) -> None:
         """Adds to the last delta what is left of the text, and why it ended."""
         delta.finish_reason = finish
-        if self._detokenizer is None:
-            delta.text = self._tokenizer.decode(self._token_ids, self._params.skip_special_tokens)
+        if not self._incremental:
+            tokenizer = self._tokenizer.result()
+            delta.text = tokenizer.decode(self._token_ids, self._params.skip_special_tokens)
         else:
+            delta.text += self._decode_waiting()
+            assert self._detokenizer is not None
             delta.text += self._detokenizer.finish()
             if self._detokenizer.stop_reason is not None:
                 delta.finish_reason, delta.stop_reason = "stop", self._detokenizer.stop_reason

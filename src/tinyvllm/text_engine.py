@@ -7,7 +7,7 @@ and what comes out of each step becomes text, while it comes.
 from __future__ import annotations
 
 import operator
-import secrets
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from tinyvllm.errors import InvalidRequestError
 from tinyvllm.model_lookup import find_model
 from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
-from tinyvllm.tokenizer import Tokenizer
+from tinyvllm.tokenizer import Tokenizer, TokenizerLoader
 
 if TYPE_CHECKING:
     import tempfile
@@ -69,6 +69,8 @@ class TextEngine:
     seed: what requests without a seed get theirs from. None: drawn at random; see `seed`.
     generation_config: auto (the model's), none, or the path of a generation_config.json.
     load_format: auto, or dummy: seeded random weights in the shape of the model's config.json.
+    defer_tokenizer: load it when a text is first needed, not now. An output's first token is then
+        reported before its text.
     batching: continuous, or static: requests are admitted only when none runs, for comparison.
     """
 
@@ -98,6 +100,7 @@ class TextEngine:
         trace: str | Path | None = None,
         offline: bool = False,
         quiet: bool = False,
+        defer_tokenizer: bool = False,
         **other: Any,
     ) -> None:
         _refuse_unknown(other)
@@ -105,7 +108,7 @@ class TextEngine:
             raise InvalidRequestError(f'load_format is "{load_format}"; it must be auto or dummy.')
         if batching not in ("continuous", "static"):
             raise InvalidRequestError(f'batching is "{batching}"; it must be continuous or static.')
-        self.seed = secrets.randbits(63) if seed is None else seed
+        self.seed = _random_seed() if seed is None else seed
         self.timings: dict[str, float] = {}  # seconds of each part of loading
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._requests: dict[int, ActiveRequest] = {}
@@ -121,9 +124,11 @@ class TextEngine:
             if tokenizer is None
             else find_model(str(tokenizer), offline=offline, quiet=quiet)
         )
-        self._tokenizer = Tokenizer.from_dir(tokenizer_directory)
+        self._loader = TokenizerLoader(tokenizer_directory)
+        if not defer_tokenizer:
+            self._loader.result()
         self._defaults = _sampling_defaults(self.directory, str(generation_config))
-        began = self._lap("tokenizer", began)
+        began = time.perf_counter()
         self._engine = _core.Engine(
             self.directory,
             dtype=dtype,
@@ -145,6 +150,10 @@ class TextEngine:
             batch_invariant=batch_invariant,
         )
         self._lap("weights", began)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._loader.result()
 
     # --- Prompts ----------------------------------------------------------------------------------
 
@@ -203,7 +212,7 @@ class TextEngine:
             raise InvalidRequestError(f"sampling_params is {params!r:.60}; give a SamplingParams.")
         params = params.clone()  # the caller may change theirs while this request runs
         request = ActiveRequest(
-            self._next_id, prompt_index, prompt, params, self._tokenizer, incremental
+            self._next_id, prompt_index, prompt, params, self._loader, incremental
         )
         self._engine.add_request(request.id, prompt.token_ids, params.core)
         self._next_id += 1
@@ -251,7 +260,13 @@ class TextEngine:
 
     def stats(self) -> dict[str, Any]:
         """Counters of the engine, and what it was built with. Plain values."""
-        return {**self._engine.info(), **self._engine.stats(), "load_seconds": dict(self.timings)}
+        return {**self._engine.info(), **self._engine.stats(), "load_seconds": self.load_seconds()}
+
+    def load_seconds(self) -> dict[str, float]:
+        """What each part of loading took; without the tokenizer as long as it is deferred."""
+        if self._loader.seconds is not None:
+            self.timings["tokenizer"] = self._loader.seconds
+        return dict(self.timings)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, with nothing done, while requests are unfinished."""
@@ -277,13 +292,18 @@ class TextEngine:
         return generation_config.eos_token_ids(
             generation_config.read_json(self.directory / generation_config.FILE),
             generation_config.read_json(self.directory / "config.json"),
-            self._tokenizer.eos_token_id,
+            self._loader.eos_token_id(),
         )
 
     def _lap(self, name: str, began: float) -> float:
         now = time.perf_counter()
         self.timings[name] = now - began
         return now
+
+
+def _random_seed() -> int:
+    """63 random bits; the module `secrets` would take longer to import than a small model."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:

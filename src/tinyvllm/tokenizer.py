@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -187,6 +188,39 @@ class Tokenizer:
         )
 
 
+class TokenizerLoader:
+    """Loads a tokenizer when it is first needed. A large one takes half a second, and holds
+    Python's lock meanwhile, so that no thread could hide it behind the first steps.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokenizer: Tokenizer | None = None
+        self.seconds: float | None = None  # that it took, once it is loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._tokenizer is not None
+
+    def result(self) -> Tokenizer:
+        if self._tokenizer is None:
+            began = time.perf_counter()
+            self._tokenizer = Tokenizer.from_dir(self._directory)
+            self.seconds = time.perf_counter() - began
+        return self._tokenizer
+
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's; without loading it where tokenizer.json lists the token as added."""
+        if self._tokenizer is None:
+            declared = _read_object(self._directory / "tokenizer_config.json").get("eos_token")
+            name = declared.get("content") if isinstance(declared, dict) else declared
+            text = _read(self._directory / "tokenizer.json") or ""
+            for entry in _added_tokens(text) if isinstance(name, str) else ():
+                if entry.get("content") == name and isinstance(entry.get("id"), int):
+                    return int(entry["id"])
+        return self.result().eos_token_id
+
+
 def byte_of(token: str) -> bytes | None:
     """The byte for which a byte-fallback token such as `<0x0A>` stands, else None."""
     match = re.fullmatch(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>", token)  # +A is a number for `tokenizers`
@@ -225,6 +259,18 @@ def _read_object(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}, not an object")
         return value
+
+
+def _added_tokens(text: str) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, without parsing the rest of it; [] if not found."""
+    match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    if match is None:
+        return []
+    try:
+        entries, _ = json.JSONDecoder().raw_decode(text, match.end())
+    except ValueError:
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _missing(directory: Path) -> str:

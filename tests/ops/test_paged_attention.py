@@ -285,6 +285,23 @@ def test_a_long_context_gives_the_same_bits_alone_and_in_a_batch(
     assert same_bits(batch[40:41], alone)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("window", "dim"), [(0, 64), (70, 24), (SPLIT + 5, 10)])
+def test_chunks_across_tiles_and_splits_change_no_bit(
+    device: Any, other_device: Any, rng: np.random.Generator, dtype: str, window: int, dim: int
+) -> None:
+    # The last 150 tokens of a context lie on both sides of a split; slots that are not theirs yet
+    # are NaN when they are alone. One token spreads its splits over the threads, many need not.
+    length, count = 2 * SPLIT + 75, 150
+    context = Context.random(rng, length, count, 4, 2, dim, dtype)
+    whole = attend(other_device, [context], 0.2, window)
+    for chunk in (1, 41, 64):
+        for end in {length, length - 74, length - 75, length - 76, length - count + chunk}:
+            got = attend(device, [context.up_to(end, chunk)], 0.2, window)
+            first = end - chunk - context.first_position
+            assert same_bits(got, whole[first : first + chunk]), f"{chunk} tokens up to {end}"
+
+
 @pytest.mark.parametrize("length", [70, SPLIT + 70])
 def test_the_size_and_order_of_blocks_change_no_bit(
     device: Any, rng: np.random.Generator, length: int

@@ -101,7 +101,7 @@ void switch_context(void** from, void* to) { tinyvllm_switch_stack(from, to); }
 void* new_context() { return nullptr; }
 void prepare(void*& context, const Stack& stack, void (*begin)()) {
   auto* top = reinterpret_cast<std::uintptr_t*>(stack.bottom() + Stack::kBytes);
-  *--top = 0;  // where `begin` would return to, which it never does: aligns the stack as a call does
+  *--top = 0;  // where `begin` would return to; it never does, but a call aligns the stack so
   *--top = reinterpret_cast<std::uintptr_t>(begin);
   for (int i = 0; i < 6; ++i) *--top = 0;  // the six registers
   context = top;

@@ -137,6 +137,7 @@ def command(**options: Any) -> None:
     with open_llm(
         options,
         quiet=quiet,
+        defer_tokenizer=not texts,
         max_num_batched_tokens=_MAX_TOKENS_A_STEP,
         generation_config=options["generation_config"],
         seed=options["seed"],
@@ -190,6 +191,9 @@ def _prompts(llm: LLM, texts: list[str], options: dict[str, Any]) -> list[Prompt
     """Every prompt as token ids; texts go through the chat template unless --raw."""
     from tinyvllm.cli.report import Prompt
 
+    ids = [Prompt(None, ids, chat=False) for ids in options["prompt_ids"]]
+    if not texts and not options["chat"] and options["system"] is None:
+        return ids  # the tokenizer is not needed yet
     tokenizer = llm.get_tokenizer()
     chat = tokenizer.has_chat_template if options["chat"] is None else options["chat"]
     if chat and not tokenizer.has_chat_template:
@@ -209,4 +213,4 @@ def _prompts(llm: LLM, texts: list[str], options: dict[str, Any]) -> list[Prompt
             prompts.append(Prompt(text, tokenizer.encode_chat(messages), chat=True))
         else:
             prompts.append(Prompt(text, tokenizer.encode(text), chat=False))
-    return prompts + [Prompt(None, ids, chat=False) for ids in options["prompt_ids"]]
+    return prompts + ids

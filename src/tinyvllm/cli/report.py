@@ -181,7 +181,8 @@ class Report:
 
     def stats(self) -> list[str]:
         info, times = self._llm.stats(), self._times()
-        load = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._llm.timings.items())
+        load_seconds = self._llm.load_seconds()
+        load = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in load_seconds.items())
         sampling = ", ".join(
             f"{name} {_plain(getattr(self._sampling, name))!s} ({origin})"
             for name, origin in self._origins.items()

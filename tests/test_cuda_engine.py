@@ -1,0 +1,209 @@
+"""The engine on a GPU, or on the emulator of one: against the CPU, and against itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from devices import has_cuda
+from engine_driver import Driver
+from tinyvllm import _core
+from tinyvllm.dummy import write_checkpoint
+
+pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
+
+# Two layers of a shape that takes the tensor-core kernels; logits spread so that greedy is clear.
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cuda-engine")
+    write_checkpoint(directory, CONFIG, seed=1, dtype="bfloat16")
+    return directory
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = random.Random(length * 1000 + seed)
+    return [generator.randrange(3, CONFIG["vocab_size"]) for _ in range(length)]
+
+
+def logits(model: Path, tokens: list[int], device: str, chunk: int = 0, **options: Any) -> Any:
+    return _core.Model(model, device=device, **options).logits(np.array(tokens, np.int32), chunk)
+
+
+def drive(driver: Driver) -> None:
+    while driver.engine.has_unfinished():
+        driver.step()
+    assert all(record.ended for record in driver.records)
+
+
+def run(
+    model: Path, requests: list[tuple[list[int], dict[str, Any]]], **options: Any
+) -> list[Any]:
+    """The results of the requests on a GPU, all queued at once."""
+    defaults: dict[str, Any] = {"device": "cuda", "num_blocks": 64, "max_model_len": 128}
+    driver = Driver(model, **{**defaults, **options})
+    for tokens, params in requests:
+        driver.add(tokens, **params)
+    drive(driver)
+    return [record.result() for record in driver.records]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("chunk", [0, 1, 7])
+def test_logits_are_those_of_the_cpu(model: Path, dtype: str, bound: float, chunk: int) -> None:
+    tokens = prompt(37)
+    want = logits(model, tokens, "cpu", dtype="float32")
+    got = logits(model, tokens, "cuda", chunk, dtype=dtype)
+    assert np.abs(got - want).max() <= bound * np.abs(want).max()
+
+
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_a_graph_and_the_same_kernels_without_one_give_the_same_bits(
+    model: Path, chunk: int
+) -> None:
+    tokens = prompt(19)
+    graph = logits(model, tokens, "cuda", chunk)
+    eager = logits(model, tokens, "cuda", chunk, enforce_eager=True)
+    np.testing.assert_array_equal(graph, eager)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_batches_on_both_sides_of_a_graphs_size_are_the_same_with_and_without_graphs(
+    model: Path, count: int
+) -> None:
+    requests = [(prompt(1, seed), {**GREEDY, "max_tokens": 3}) for seed in range(count)]
+    with_graphs = run(model, requests, max_num_seqs=16)
+    assert with_graphs == run(model, requests, max_num_seqs=16, enforce_eager=True)
+    assert with_graphs == run(model, requests, max_num_seqs=16)  # and from run to run
+
+
+def test_a_sampled_token_goes_on_in_the_next_step_without_the_host(model: Path) -> None:
+    # What the engine computes one step ahead is what a sequence computes alone, token by token.
+    tokens = prompt(5)
+    [(outputs, _)] = run(model, [(tokens, {**GREEDY, "max_tokens": 12})])
+    sampled = outputs[0][0]
+    rows = logits(model, [*tokens, *sampled], "cuda", 1)
+    assert np.argmax(rows[4:-1], axis=1).tolist() == sampled
+
+
+def test_requests_end_where_they_should_though_a_step_is_ahead(model: Path) -> None:
+    # An end token is known only when the next step is under way; what that gives is dropped.
+    tokens = prompt(6)
+    [(outputs, _)] = run(model, [(tokens, {**GREEDY, "max_tokens": 8})])
+    sampled = outputs[0][0]
+    stop = sampled[3]
+    length = sampled.index(stop) + 1
+    [(stopped, _)] = run(model, [(tokens, {**GREEDY, "max_tokens": 8, "stop_token_ids": [stop]})])
+    assert stopped[0][0] == sampled[:length]
+    assert stopped[0][2] == "stop"
+    assert outputs[0][2] == "length"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logit_bias": [(7, 5.0)], "min_tokens": 4, "stop_token_ids": [9, 11]},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "seed": 3},
+        {"temperature": 1.0, "seed": 4, "n": 3},
+    ],
+)
+def test_sampling_is_the_cpus(model: Path, options: dict[str, Any]) -> None:
+    # In float32 the logits of the two devices are so close that every choice is the same.
+    requests = [(prompt(n), {**GREEDY, **options, "max_tokens": 5}) for n in (3, 10)]
+    gpu = run(model, requests, dtype="float32")
+    cpu = run(model, requests, dtype="float32", device="cpu")
+    for (got, _), (want, _) in zip(gpu, cpu, strict=True):
+        assert [output[0] for output in got] == [output[0] for output in want]
+        assert [output[2] for output in got] == [output[2] for output in want]
+
+
+def test_prompt_logprobs_are_the_cpus(model: Path) -> None:
+    requests = [(prompt(11), {**GREEDY, "prompt_logprobs": 2})]
+    [(_, got)] = run(model, requests, dtype="float32", max_num_batched_tokens=8)
+    [(_, want)] = run(model, requests, dtype="float32", max_num_batched_tokens=8, device="cpu")
+    assert len(got) == len(want) == 10
+    for (logprob, rank, ids, _), (want_logprob, want_rank, want_ids, _) in zip(
+        got, want, strict=True
+    ):
+        assert logprob == pytest.approx(want_logprob, abs=1e-4)
+        assert (rank, ids) == (want_rank, want_ids)
+
+
+def test_preemption_and_shared_prefixes_leave_the_tokens_as_they_are(model: Path) -> None:
+    shared = prompt(32)
+    requests = [(shared + prompt(n), GREEDY) for n in (3, 9, 14, 20)]
+    alone = [run(model, [request], dtype="float32")[0] for request in requests]
+    # 20 blocks of 4 tokens: too few for all four at a time.
+    driver = Driver(
+        model, device="cuda", num_blocks=20, max_model_len=80, dtype="float32", max_num_seqs=4
+    )
+    for tokens, params in requests:
+        driver.add(tokens, **params)
+    drive(driver)
+    stats = driver.engine.stats()
+    assert stats["num_preemptions"] > 0
+    assert stats["prefix_cache_hits"] > 0
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+    together = [record.result() for record in driver.records]
+    assert [got[0][0][0] for got in together] == [want[0][0][0] for want in alone]
+
+
+def batches(model: Path, request: tuple[list[int], dict[str, Any]]) -> list[Callable[[], Any]]:
+    others = [(prompt(n, 7), GREEDY) for n in (2, 13, 30)]
+    return [
+        lambda: run(model, [*others, request], batch_invariant=True)[-1],
+        lambda: run(model, [request, *others], batch_invariant=True)[0],
+        lambda: run(model, [request], batch_invariant=True, max_num_batched_tokens=8)[0],
+        lambda: run(model, [(request[0], GREEDY), request], batch_invariant=True)[-1],  # a hit
+    ]
+
+
+def test_batch_invariant_gives_a_request_the_same_bits_in_every_batch(model: Path) -> None:
+    request = (prompt(34), GREEDY)
+    alone = run(model, [request], batch_invariant=True)[0]
+    for number, batch in enumerate(batches(model, request)):
+        assert batch() == alone, f"batch {number}"
+
+
+def test_a_step_that_throws_fails_its_requests_and_the_next_one_works(model: Path) -> None:
+    driver = Driver(model, device="cuda", num_blocks=64, max_model_len=128, fail_at_step=3)
+    for n in (4, 8):
+        driver.add(prompt(n), **GREEDY)
+    drive(driver)
+    assert all("fails, as asked" in str(record.error) for record in driver.records)
+    driver.add(prompt(5), **GREEDY)
+    drive(driver)
+    [(want, _)] = run(model, [(prompt(5), GREEDY)])
+    assert driver.records[-1].result()[0] == want
+
+
+def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
+    from tinyvllm.errors import CapacityError
+
+    with pytest.raises(CapacityError, match=r"KV cache.*bytes"):
+        _core.Engine(model, device="cuda", num_blocks=2**31 - 1, max_model_len=128)
