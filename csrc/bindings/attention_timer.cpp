@@ -106,8 +106,7 @@ std::vector<float> time_attention(CudaContext& ctx, std::int32_t num_sequences,
     }
   }
   const auto num_items = static_cast<std::int32_t>(items.size() / 2);
-  ctx.reserve_workspace(std::max(std::size_t{32} << 20,
-                                 paged_attention_workspace_bytes(num_items, num_heads, head_dim)));
+  ctx.reserve_workspace(paged_attention_workspace_bytes(num_items, num_heads, head_dim));
   const cuda::DeviceMemory device_lengths = on_device(ctx, lengths);
   const cuda::DeviceMemory device_tables = on_device(ctx, tables);
   const cuda::DeviceMemory device_items = on_device(ctx, items);
