@@ -68,7 +68,7 @@ void fill(const CudaContext& ctx, const cuda::DeviceMemory& memory, const std::v
 
 // One call of attention a layer, each over a cache of its own: every sequence has `context` tokens,
 // the last `num_tokens` of them in this step.
-std::vector<float> time_attention(const CudaContext& ctx, std::int32_t num_sequences,
+std::vector<float> time_attention(CudaContext& ctx, std::int32_t num_sequences,
                                   std::int32_t num_tokens, std::int32_t context,
                                   std::int64_t num_heads, std::int64_t num_kv_heads,
                                   std::int64_t head_dim, std::int64_t num_layers,
@@ -106,6 +106,7 @@ std::vector<float> time_attention(const CudaContext& ctx, std::int32_t num_seque
     }
   }
   const auto num_items = static_cast<std::int32_t>(items.size() / 2);
+  ctx.reserve_workspace(paged_attention_workspace_bytes(num_items, num_heads, head_dim));
   const cuda::DeviceMemory device_lengths = on_device(ctx, lengths);
   const cuda::DeviceMemory device_tables = on_device(ctx, tables);
   const cuda::DeviceMemory device_items = on_device(ctx, items);

@@ -79,11 +79,13 @@ struct CudaSequences {
   std::int32_t num_chunk_tiles = 0;
 };
 
-// How many positions a split of a decode has: short where few sequences have to fill the GPU. By
-// the padded number of sequences, so that a graph and the same batch without one agree.
+// How many positions a split of a decode has: few where few sequences have to fill the GPU, else
+// many, as what a split costs beside its reading is that of some hundred positions (measured by
+// benchmarks/gpu_attention.py). By the padded number of sequences, so that a graph and the same
+// batch without one agree.
 constexpr std::int64_t decode_split(std::int64_t num_decodes, std::int64_t num_kv_heads) {
   const std::int64_t shares = num_decodes * num_kv_heads;
-  return shares < 256 ? 256 : shares < 1024 ? 512 : 1024;
+  return shares < 32 ? 256 : shares < 128 ? 512 : shares < 256 ? 1024 : 2048;
 }
 
 // How many tokens a tile of a chunk has: its query heads over one KV head fill a block's rows.

@@ -1,5 +1,4 @@
 #include <cstdint>
-#include <cstdlib>
 #include <string>
 
 #include "base/errors.h"
@@ -12,18 +11,6 @@
 namespace tinyvllm {
 namespace {
 
-template <int kDim, int kBands>
-void attend_chunks(const CudaContext& ctx, const cuda::AttentionArguments<BFloat16>& arguments) {
-  using Shape = cuda::PrefillShape<kDim, kBands>;
-  cuda::launch(ctx, "prefill_attention",
-               {.grid = dim3(static_cast<unsigned>(arguments.num_kv_heads),
-                             static_cast<unsigned>(arguments.sequences.num_chunk_tiles)),
-                .block = Shape::kThreads,
-                .shared_bytes = Shape::kSharedBytes,
-                .overlaps_previous = true},
-               cuda::prefill_attention_kernel<kDim, kBands>, arguments);
-}
-
 template <int kDim>
 void attend_on_tensor_cores(const CudaContext& ctx,
                             const cuda::AttentionArguments<BFloat16>& arguments) {
@@ -31,12 +18,14 @@ void attend_on_tensor_cores(const CudaContext& ctx,
     cuda::attend_decodes<kDim, false>(ctx, arguments, {});
   }
   if (arguments.sequences.num_chunk_tiles > 0) {
-    const char* bands = std::getenv("TUNE_BANDS");
-    if (kDim == 64 && bands != nullptr && *bands == '1') {
-      attend_chunks<kDim, 1>(ctx, arguments);
-      return;
-    }
-    attend_chunks<kDim, kDim <= 64 ? 2 : 1>(ctx, arguments);
+    using Shape = cuda::PrefillShape<kDim>;
+    cuda::launch(ctx, "prefill_attention",
+                 {.grid = dim3(static_cast<unsigned>(arguments.num_kv_heads),
+                               static_cast<unsigned>(arguments.sequences.num_chunk_tiles)),
+                  .block = Shape::kThreads,
+                  .shared_bytes = Shape::kSharedBytes,
+                  .overlaps_previous = true},
+                 cuda::prefill_attention_kernel<kDim>, arguments);
   }
 }
 

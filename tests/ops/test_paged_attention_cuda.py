@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_paged_attention import Context, Pool
+from test_rope_and_attend import Step
 
 from numeric import Array, cast, in_wider_rows, poison, relative_error, same_bits
 from tinyvllm import _core
@@ -141,6 +142,16 @@ def test_a_decode_of_several_splits_matches_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_many_decodes_in_longer_splits_match_float64(
+    device: Any, rng: np.random.Generator, dtype: str
+) -> None:
+    lengths = [2 * SPLIT + 19, *[5] * 14, 2 * SPLIT]  # 16 sequences of 2 KV heads: splits of 512
+    contexts = [context_of(rng, n, 1, 4, 2, 64, dtype) for n in lengths]
+    got = attend(device, Pool(contexts, 16), 0.5)
+    assert error(got, contexts, 0.5) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 100, SPLIT + 3])
 def test_a_window_hides_what_lies_before_it_and_does_not_read_it(
     device: Any, rng: np.random.Generator, window: int, dtype: str
@@ -249,6 +260,24 @@ def test_q_may_be_a_part_of_wider_rows(
     assert error(got, contexts, 0.2) < BOUND[dtype]
     if margin == 8:
         assert same_bits(got, attend(device, pool, 0.2))
+
+
+def test_padded_rows_of_rope_and_attend_write_nothing(
+    device: Any, rng: np.random.Generator
+) -> None:
+    alone = Step(rng, [(33, 1), (5, 1)], 4, 2, 64, "bfloat16", True, "bfloat16")
+    padded = Step(rng, [(33, 1), (5, 1)], 4, 2, 64, "bfloat16", True, "bfloat16")
+    padded.__dict__.update(alone.__dict__)
+    padded.sequences = [*alone.sequences, (-1, 1, []), (-1, 1, [])]
+    padded.slots = np.append(alone.slots, [-1, -1])
+    padded.qkv = np.vstack([alone.qkv, poison((2, alone.qkv.shape[1]), "bfloat16")])
+    padded.cos_sin = np.vstack([alone.cos_sin, np.zeros((2, 64), np.float32)])
+    out, keys, values = padded.together(device, 0)
+    want, want_keys, want_values = alone.together(device, 0)
+    assert same_bits(out[:2], want)
+    assert not out[2:].any()
+    assert same_bits(keys, want_keys)
+    assert same_bits(values, want_values)
 
 
 # --- Limits ---------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ inline constexpr int kPrefillKeys = 64;  // positions of a tile of K and V
 
 // A warp has 16 kBands rows: with two bands each operand that is read from shared memory is used
 // twice, where the registers suffice.
-template <int kDim, int kBands_>
+template <int kDim>
 struct PrefillShape {
-  static constexpr int kBands = kBands_;
+  static constexpr int kBands = kDim <= 64 ? 2 : 1;
   static constexpr int kThreads = kPrefillRows / (16 * kBands) * kWarpSize;
   // Rows of shared memory: an odd number of 16-byte chunks, so that eight rows at the same chunk,
   // as load_matrices reads them, lie in different banks.
@@ -28,11 +28,11 @@ struct PrefillShape {
   static constexpr std::size_t kSharedBytes = 4 * kTileBytes;  // K and V, two stages
 };
 
-template <int kDim, int kBands>
-__global__ void __launch_bounds__(PrefillShape<kDim, kBands>::kThreads, kDim <= 64 ? 2 : 1)
+template <int kDim>
+__global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, kDim <= 64 ? 2 : 1)
     prefill_attention_kernel(const AttentionArguments<BFloat16> a) {
-  using Shape = PrefillShape<kDim, kBands>;
-  constexpr int kStride = Shape::kStride;
+  using Shape = PrefillShape<kDim>;
+  constexpr int kBands = Shape::kBands, kStride = Shape::kStride;
   constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
