@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def draw_comparison(rows: Sequence[Json], path: Path) -> None:
             range(len(shown)), [peer["peer"] for peer in shown], rotation=35, ha="right"
         )
         better = "higher is better" if row["unit"] == "tok/s" else "lower is better"
-        axis.set_title(f"{row['what']}\n{row['unit']}, {better}", fontsize=9)
+        axis.set_title(f"{textwrap.fill(row['what'], 32)}\n{row['unit']}, {better}", fontsize=9)
         axis.margins(y=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
