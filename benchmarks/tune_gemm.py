@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ MAX_LOGIT_ROWS = 256  # a step takes logits of its sequences' last tokens only
 MAX_STREAMING_ROWS = 256
 FINALISTS = 3
 CUBLASLT_RANKS = 6
-TILES_AHEAD = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ class Plan:
     shape: int = 0
     blocks_per_multiprocessor: int = 0
     fuses_norm: bool = False
-    tiles_ahead: int = 0
     rank: int = 0
 
     def native(self) -> _core.MatmulPlan:
@@ -102,9 +100,8 @@ class Plan:
         if self.kernel == "plain":
             return "plain"
         shape = ", ".join(map(str, _core.streaming_shapes()[self.shape]))
-        fuses_norm = "true" if self.fuses_norm else "false"
-        arguments = f"{{{shape}}}, {self.blocks_per_multiprocessor}, {fuses_norm}"
-        return f"streaming({arguments}, {self.tiles_ahead})"
+        fused = ", true" if self.fuses_norm else ""
+        return f"streaming({{{shape}}}, {self.blocks_per_multiprocessor}{fused})"
 
 
 def candidates(matrix: Matrix, rows: int) -> list[Plan]:
@@ -183,16 +180,10 @@ def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str,
         best_seconds = whole(best)
         for name, timed in ranked.items():
             for _, plan in timed[1:FINALISTS]:
-                candidate = {**best, name: plan}
-                seconds = whole(candidate)
+                other = {**best, name: plan}
+                seconds = whole(other)
                 if seconds < best_seconds:
-                    best, best_seconds = candidate, seconds
-        for name, plan in list(best.items()):
-            for ahead in TILES_AHEAD if plan.kernel == "streaming" else ():
-                candidate = {**best, name: replace(plan, tiles_ahead=ahead)}
-                seconds = whole(candidate)
-                if seconds < best_seconds:
-                    best, best_seconds = candidate, seconds
+                    best, best_seconds = other, seconds
         library = {
             name: next(plan for _, plan in timed if plan.kernel == "cublaslt")
             for name, timed in ranked.items()
@@ -218,7 +209,7 @@ def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str,
             other = next(pair for pair in timed if pair[1].kernel == "cublaslt")
             shares = f"{2 * size / timed[0][0] / rate:6.1%} read, "
             shares += f"{2 * size * rows / timed[0][0] / 1e12:5.1f} TFLOP/s"
-            ours = f"{own[0] * 1e6:8.2f} us {own[1]!s:44}" if own else " " * 56
+            ours = f"{own[0] * 1e6:8.2f} us {own[1]!s:35}" if own else " " * 47
             print(
                 f"  {matrix.name:8}{ours} cublaslt {other[0] * 1e6:8.2f} us ({other[1].rank}) "
                 f"{shares}  -> {best[matrix.name]}",

@@ -209,23 +209,18 @@ class MatmulTimer {
 void bind_matmul_plans(py::module_& module) {
   py::class_<MatmulPlan>(module, "MatmulPlan", "How one product is computed on the GPU.")
       .def(py::init([](const std::string& kernel, int shape, int blocks_per_multiprocessor,
-                       bool fuses_norm, int tiles_ahead, int rank) {
-             return MatmulPlan{value_of(kernel, kKernels),
-                               shape,
-                               blocks_per_multiprocessor,
-                               fuses_norm,
-                               tiles_ahead,
-                               rank};
+                       bool fuses_norm, int rank) {
+             return MatmulPlan{value_of(kernel, kKernels), shape, blocks_per_multiprocessor,
+                               fuses_norm, rank};
            }),
            py::arg("kernel"), py::kw_only(), py::arg("shape") = 0,
            py::arg("blocks_per_multiprocessor") = 0, py::arg("fuses_norm") = false,
-           py::arg("tiles_ahead") = 0, py::arg("rank") = 0)
+           py::arg("rank") = 0)
       .def_property_readonly("kernel",
                              [](const MatmulPlan& plan) { return name_of(plan.kernel, kKernels); })
       .def_readonly("shape", &MatmulPlan::shape)
       .def_readonly("blocks_per_multiprocessor", &MatmulPlan::blocks_per_multiprocessor)
       .def_readonly("fuses_norm", &MatmulPlan::fuses_norm)
-      .def_readonly("tiles_ahead", &MatmulPlan::tiles_ahead)
       .def_readonly("rank", &MatmulPlan::rank);
   module.def("streaming_shapes", [] {
     const auto shapes = cuda::streaming_shapes();

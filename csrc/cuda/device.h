@@ -79,14 +79,6 @@ __device__ inline uint4 load_streaming(const void* address, bool valid) {
   return v;
 }
 
-// Brings memory into the L2 cache (compute capability 9.0 and later; else it has no effect). Nobody
-// writes it while the kernel runs; address and size are multiples of 16.
-__device__ inline void prefetch_to_l2(const void* address, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
-#endif
-}
-
 // --- bfloat16 ----------------------------------------------------------------------------------------
 
 // Two floats rounded to bfloat16, the first one in the low half.
@@ -119,26 +111,12 @@ __device__ inline float fast_exp2(float x) {
 // Copies 16 bytes, or writes 16 zero bytes where `valid` is false (then `global` is not read). Both
 // addresses are aligned to 16. The bytes are there after the wait for their group, and for other
 // threads after a barrier behind it.
-//
-// kPrefetch, 128 or 256: the copy brings all of this many bytes into the L2 cache at once.
-template <int kPrefetch = 0>
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid = true) {
-  static_assert(kPrefetch == 0 || kPrefetch == 128 || kPrefetch == 256);
   const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   const int bytes = valid ? 16 : 0;
-  if constexpr (kPrefetch == 256) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target),
-                 "l"(global), "r"(bytes)
-                 : "memory");
-  } else if constexpr (kPrefetch == 128) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target),
-                 "l"(global), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+               "r"(bytes)
+               : "memory");
 }
 
 // Closes this thread's group of copies issued since the last call.

@@ -32,14 +32,12 @@ namespace {
 // the next kernel's blocks find room for theirs.
 using StreamingShapes = std::tuple<
     StreamingShape<1, 1, 64, 4>, StreamingShape<1, 1, 64, 6>, StreamingShape<1, 1, 128, 3>,
-    StreamingShape<1, 1, 64, 4, 256>, StreamingShape<2, 1, 64, 3>,  // the last that normalises
-    StreamingShape<2, 1, 64, 5>, StreamingShape<1, 2, 64, 3>, StreamingShape<2, 2, 32, 4>,
-    StreamingShape<2, 2, 64, 4>, StreamingShape<4, 2, 32, 4>, StreamingShape<1, 4, 32, 4>,
-    StreamingShape<2, 4, 32, 3>, StreamingShape<2, 4, 32, 6>, StreamingShape<4, 4, 32, 2>,
-    StreamingShape<4, 4, 32, 4>, StreamingShape<1, 8, 32, 2>, StreamingShape<2, 8, 32, 2>,
-    StreamingShape<2, 8, 32, 4>, StreamingShape<4, 8, 32, 3>>;
+    StreamingShape<2, 1, 64, 3>,  // the last that normalises
+    StreamingShape<1, 2, 64, 3>, StreamingShape<2, 2, 64, 4>, StreamingShape<1, 4, 32, 4>,
+    StreamingShape<2, 4, 32, 3>, StreamingShape<1, 8, 32, 2>, StreamingShape<2, 8, 32, 2>,
+    StreamingShape<4, 8, 32, 3>>;
 constexpr int kNumShapes = std::tuple_size_v<StreamingShapes>;
-constexpr int kNumNormalisingShapes = 5;
+constexpr int kNumNormalisingShapes = 4;
 constexpr int kMaxNormRows = 8;
 
 // Calls f(shape) with the shape of this number.
@@ -62,11 +60,11 @@ bool fits(const CudaContext& ctx, int shape, std::int64_t depth, std::int64_t ro
   return result;
 }
 
-using Parameters = std::array<int, 5>;
+using Parameters = std::array<int, 4>;
 
 template <typename Shape>
 constexpr Parameters kParametersOf = {Shape::kRowTiles, Shape::kColumnTiles, Shape::kSlice,
-                                      Shape::kStages, Shape::kPrefetch};
+                                      Shape::kStages};
 
 constexpr auto kShapeParameters =
     []<typename... Shapes>(std::type_identity<std::tuple<Shapes...>>) {
@@ -128,7 +126,6 @@ void run_streaming(const CudaContext& ctx, const MatmulCall& call, const MatmulP
                                      .norm = call.norm,
                                      .eps = call.eps,
                                      .bias = block.bias,
-                                     .tiles_ahead = plan.tiles_ahead,
                                      .out = call.out.data,
                                      .out_stride = call.out.row_stride};
   const int blocks = plan.blocks_per_multiprocessor;
@@ -269,12 +266,11 @@ bool can_fuse_norm(const CudaContext& ctx, const MatmulCall& call, int shape) {
 // ----------------------------------------------------------------------------------------
 
 consteval MatmulPlan streaming(const Parameters& shape, int blocks_per_multiprocessor,
-                               bool fuses_norm = false, int tiles_ahead = 0) {
+                               bool fuses_norm = false) {
   return {.kernel = MatmulKernel::kStreaming,
           .shape = shape_number(shape),
           .blocks_per_multiprocessor = blocks_per_multiprocessor,
-          .fuses_norm = fuses_norm,
-          .tiles_ahead = tiles_ahead};
+          .fuses_norm = fuses_norm};
 }
 constexpr MatmulPlan cublaslt(int rank) {
   return {.kernel = MatmulKernel::kCublasLt, .rank = rank};
@@ -315,7 +311,7 @@ MatmulPlan wanted(const MatmulCall& call) {
 
 }  // namespace
 
-std::span<const std::array<int, 5>> streaming_shapes() { return kShapeParameters; }
+std::span<const std::array<int, 4>> streaming_shapes() { return kShapeParameters; }
 int num_normalising_shapes() { return kNumNormalisingShapes; }
 
 MatmulPlan plan_of(const CudaContext& ctx, const MatmulCall& call) {

@@ -179,7 +179,6 @@ class MatmulPlan:
         shape: int = 0,
         blocks_per_multiprocessor: int = 0,
         fuses_norm: bool = False,
-        tiles_ahead: int = 0,
         rank: int = 0,
     ) -> None: ...
     @property
@@ -190,8 +189,6 @@ class MatmulPlan:
     def blocks_per_multiprocessor(self) -> int: ...
     @property
     def fuses_norm(self) -> bool: ...
-    @property
-    def tiles_ahead(self) -> int: ...
     @property
     def rank(self) -> int: ...
 

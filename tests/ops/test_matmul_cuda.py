@@ -27,7 +27,6 @@ def streaming(shape: int, blocks: int = 0, fuses_norm: bool = False) -> Any:
         shape=shape,
         blocks_per_multiprocessor=blocks,
         fuses_norm=fuses_norm,
-        tiles_ahead=blocks,
     )
 
 

@@ -39,13 +39,7 @@ inline float fast_exp2(float x) {
   return std::isnormal(result) || !std::isfinite(result) ? result : 0.0f;
 }
 
-inline void prefetch_to_l2(const void* address, unsigned bytes) {
-  emulator::require_aligned(address, 16, "prefetch_to_l2");
-  if (bytes % 16 != 0) throw emulator::KernelError("prefetch_to_l2: no multiple of 16 bytes");
-}
-
-template <int kPrefetch = 0>
-void copy_async_16(void* shared, const void* global, bool valid = true) {
+inline void copy_async_16(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, valid);
 }
 template <int kPending>

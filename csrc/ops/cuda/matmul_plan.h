@@ -26,7 +26,6 @@ struct MatmulPlan {
   int shape = 0;
   int blocks_per_multiprocessor = 0;
   bool fuses_norm = false;
-  int tiles_ahead = 0;  // that a block brings into the L2 cache before the op in front has ended
   // kCublasLt: which of the library's proposals, in its own order.
   int rank = 0;
 
@@ -49,7 +48,7 @@ struct MatmulCall {
 
 // The shapes of the streaming kernel, each the parameters of a StreamingShape. The first ones can
 // compute a norm.
-std::span<const std::array<int, 5>> streaming_shapes();
+std::span<const std::array<int, 4>> streaming_shapes();
 int num_normalising_shapes();
 
 // The plan that the op takes for the call.

@@ -34,14 +34,12 @@ struct StreamingArguments {
   const BFloat16* weight;  // [outputs, depth], aligned to 16 bytes, the depth a multiple of 8
   std::int64_t outputs;
   std::int64_t depth;
-  const void*
-      x;  // [rows, depth] bfloat16, or float32 where the kernel normalises; rows aligned to 16
+  const void* x;  // [rows, depth] bfloat16, or float32 to be normalised; rows aligned to 16
   std::int64_t x_stride;
   int rows;
   const float* norm;  // [depth], aligned to 16, and eps: where the kernel normalises
   float eps;
   const float* bias;  // [outputs], or null
-  int tiles_ahead;    // of a block, brought into the L2 cache before its operands are there
   void* out;
   std::int64_t out_stride;
 };
@@ -49,15 +47,14 @@ struct StreamingArguments {
 inline constexpr int kStreamingWarps = 8;
 inline constexpr int kStreamingThreads = kStreamingWarps * kWarpSize;
 
-// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step of
-// the ring, kStages steps in it; kPrefetch bytes that a copy brings into the L2 cache at once.
-template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_, int kPrefetch_ = 0>
+// kRowTiles x 16 outputs by kColumnTiles x 8 rows of x a tile; kSlice elements of the depth a step
+// of the ring, kStages steps in it.
+template <int kRowTiles_, int kColumnTiles_, int kSlice_, int kStages_>
 struct StreamingShape {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kSlice = kSlice_;
   static constexpr int kStages = kStages_;
-  static constexpr int kPrefetch = kPrefetch_;
 
   static constexpr int kTileOutputs = 16 * kRowTiles;
   static constexpr int kTileRows = 8 * kColumnTiles;
@@ -126,6 +123,76 @@ __host__ __device__ inline int num_streaming_tiles(std::int64_t outputs, int row
          ((rows + Shape::kTileRows - 1) / Shape::kTileRows);
 }
 
+// Writes x * norm to `normalized`, rounded, and adds up this thread's squares of x. The scales of
+// the norm that were loaded before x was there are those of the first two rounds.
+template <typename Shape, int kNormRows>
+__device__ inline void multiply_by_norm(const StreamingArguments& a,
+                                        const float4 (&early_scales)[2], std::byte* normalized,
+                                        std::size_t row_bytes, float (&squares)[kNormRows]) {
+  const auto* x = static_cast<const float*>(a.x);
+#pragma unroll 2
+  for (int i = 0, k = 4 * static_cast<int>(threadIdx.x);
+       k < StreamingLayout<Shape>::padded_depth(a.depth); ++i, k += 4 * kStreamingThreads) {
+    const bool inside = k < a.depth;
+    float4 scale = {0, 0, 0, 0};
+    if (i == 0) {
+      scale = early_scales[0];
+    } else if (i == 1) {
+      scale = early_scales[1];
+    } else if (inside) {
+      scale = *reinterpret_cast<const float4*>(a.norm + k);
+    }
+    float4 values[kNormRows];
+#pragma unroll
+    for (int m = 0; m < kNormRows; ++m) {
+      values[m] = {0, 0, 0, 0};
+      if (inside && m < a.rows) {
+        values[m] = *reinterpret_cast<const float4*>(x + m * a.x_stride + k);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kNormRows; ++m) {
+      const float4 v = values[m];
+      squares[m] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      if (m < a.rows) {
+        *reinterpret_cast<uint2*>(normalized + m * row_bytes + k * 2) = {
+            pack_bfloat16(v.x * scale.x, v.y * scale.y),
+            pack_bfloat16(v.z * scale.z, v.w * scale.w)};
+      }
+    }
+  }
+}
+
+// products[i][j] += the weights of a slice, 16 rows i, times eight rows j of x. x_at(row, half) is
+// where this lane's eight elements of x lie, of each 32.
+template <typename Shape, typename XAt>
+__device__ inline void multiply_slice(const std::byte* slice, XAt&& x_at,
+                                      float (&products)[Shape::kRowTiles][Shape::kColumnTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int group = lane / 4, pair = lane % 4;
+#pragma unroll
+  for (int half = 0; half < Shape::kSlice / 32; ++half) {
+    uint4 x[Shape::kColumnTiles];
+#pragma unroll
+    for (int j = 0; j < Shape::kColumnTiles; ++j) {
+      x[j] = *reinterpret_cast<const uint4*>(x_at(j * 8 + group, half));
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kRowTiles; ++i) {
+      const auto weights_at = [&](int row) {
+        return slice + slice_offset<Shape>(i * 16 + row, half * 4 + pair);
+      };
+      const uint4 low = *reinterpret_cast<const uint4*>(weights_at(group));
+      const uint4 high = *reinterpret_cast<const uint4*>(weights_at(group + 8));
+#pragma unroll
+      for (int j = 0; j < Shape::kColumnTiles; ++j) {
+        multiply_add_16x8x16(products[i][j], {low.x, high.x, low.y, high.y}, x[j].x, x[j].y);
+        multiply_add_16x8x16(products[i][j], {low.z, high.z, low.w, high.w}, x[j].z, x[j].w);
+      }
+    }
+  }
+}
+
 // kNormRows > 0: x is the float32 residual stream, at most so many rows of it. Each block
 // multiplies it by the norm's weights and rounds it to bfloat16; the scale 1 / sqrt(mean(x^2) +
 // eps) of a row is applied to the sums.
@@ -164,8 +231,8 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
   const int num_tiles = num_streaming_tiles<Shape, kEpilogue>(a.outputs, a.rows);
 
   // The row of the weights that is row `row` of a tile, and whether it is there. For SwiGLU the
-  // second half of each 16 rows is the up rows of the first half's gate rows, so that one lane holds
-  // both.
+  // second half of each 16 rows is the up rows of the first half's gate rows, so that one lane
+  // holds both.
   struct WeightRow {
     std::int64_t row;
     bool inside;
@@ -184,9 +251,9 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
     for (int i = 0; i < Shape::kTileOutputs / kRowsPerCopy; ++i) {
       const int row = lane / kVectors + i * kRowsPerCopy;
       const auto [weight_row, inside] = weight_row_of(tile, row);
-      copy_async_16<Shape::kPrefetch>(stage + slice_offset<Shape>(row, column),
-                                      a.weight + weight_row * a.depth + k + column * 8,
-                                      inside && k + column * 8 < last_k);
+      copy_async_16(stage + slice_offset<Shape>(row, column),
+                    a.weight + weight_row * a.depth + k + column * 8,
+                    inside && k + column * 8 < last_k);
     }
   };
   const auto copy_x = [&](std::byte* stage, int tile, int k) {
@@ -222,29 +289,15 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
       advance();
     }
   }
-  constexpr int kEarlyScales = kNormalises ? 2 : 1;
-  float4 early_scales[kEarlyScales];
+  float4 early_scales[2];
   if constexpr (kNormalises) {
 #pragma unroll
-    for (int i = 0; i < kEarlyScales; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const int k = 4 * (static_cast<int>(threadIdx.x) + i * kStreamingThreads);
       early_scales[i] =
           k < depth ? *reinterpret_cast<const float4*>(a.norm + k) : float4{0, 0, 0, 0};
     }
   }
-  // What the ring does not hold can come as far as the L2 cache while the kernel before this one
-  // computes something that takes no bandwidth.
-  for (int i = 0, tile = next_tile, k = next_k; i < a.tiles_ahead && tile < num_tiles && steps > 0;
-       ++i, tile += static_cast<int>(gridDim.x), k = first_k) {
-    for (int row = lane; row < Shape::kTileOutputs; row += kWarpSize) {
-      const auto [weight_row, inside] = weight_row_of(tile, row);
-      if (inside) {
-        prefetch_to_l2(a.weight + weight_row * a.depth + k,
-                       static_cast<unsigned>(last_k - k) * sizeof(BFloat16));
-      }
-    }
-  }
-
   // The next kernel begins its own stream when this block has asked for the last of its weights:
   // the memory is then busy while sums meet here and the next kernel waits for them.
   if (next_tile >= num_tiles) let_next_begin();
@@ -252,38 +305,7 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
 
   float squares[kNormalises ? kNormRows : 1] = {};
   if constexpr (kNormalises) {
-    const auto* x = static_cast<const float*>(a.x);
-#pragma unroll 2
-    for (int i = 0, k = 4 * static_cast<int>(threadIdx.x);
-         k < StreamingLayout<Shape>::padded_depth(depth); ++i, k += 4 * kStreamingThreads) {
-      const bool inside = k < depth;
-      float4 scale = {0, 0, 0, 0};
-      if (i == 0) {
-        scale = early_scales[0];
-      } else if (i == 1) {
-        scale = early_scales[1];
-      } else if (inside) {
-        scale = *reinterpret_cast<const float4*>(a.norm + k);
-      }
-      float4 values[kNormRows];
-#pragma unroll
-      for (int m = 0; m < kNormRows; ++m) {
-        values[m] = {0, 0, 0, 0};
-        if (inside && m < a.rows) {
-          values[m] = *reinterpret_cast<const float4*>(x + m * a.x_stride + k);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kNormRows; ++m) {
-        const float4 v = values[m];
-        squares[m] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        if (m < a.rows) {
-          *reinterpret_cast<uint2*>(normalized + m * layout.normalized + k * 2) = {
-              pack_bfloat16(v.x * scale.x, v.y * scale.y),
-              pack_bfloat16(v.z * scale.z, v.w * scale.w)};
-        }
-      }
-    }
+    multiply_by_norm<Shape>(a, early_scales, normalized, layout.normalized, squares);
     __syncthreads();
   } else if (steps > 0) {
     int tile = static_cast<int>(blockIdx.x), k = first_k;
@@ -328,35 +350,18 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
       wait_for_copies<kStages - 1>();
       __syncwarp();
       const std::byte* slice = ring + stage * layout.stage;
-#pragma unroll
-      for (int half = 0; half < kSlice / 32; ++half) {
-        uint4 b[kColumnTiles];
-#pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
-          // The rows behind the last one are never stored: any value serves.
-          const int row = min(j * 8 + group, a.rows - first_row - 1);
-          if constexpr (kNormalises) {
-            b[j] = *reinterpret_cast<const uint4*>(
-                normalized + row * layout.normalized +
-                (first_k + step * kSlice + half * 32 + pair * 8) * 2);
-          } else {
-            b[j] = *reinterpret_cast<const uint4*>(
-                slice + slice_offset<Shape>(Shape::kTileOutputs + row, half * 4 + pair));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          const uint4 low = *reinterpret_cast<const uint4*>(
-              slice + slice_offset<Shape>(i * 16 + group, half * 4 + pair));
-          const uint4 high = *reinterpret_cast<const uint4*>(
-              slice + slice_offset<Shape>(i * 16 + 8 + group, half * 4 + pair));
-#pragma unroll
-          for (int j = 0; j < kColumnTiles; ++j) {
-            multiply_add_16x8x16(products[i][j], {low.x, high.x, low.y, high.y}, b[j].x, b[j].y);
-            multiply_add_16x8x16(products[i][j], {low.z, high.z, low.w, high.w}, b[j].z, b[j].w);
-          }
-        }
-      }
+      // The rows behind the last one are never stored: any value serves.
+      const int last_row = a.rows - first_row - 1;
+      multiply_slice<Shape>(
+          slice,
+          [&](int row, int half) {
+            row = min(row, last_row);
+            return kNormalises
+                       ? normalized + row * layout.normalized +
+                             (first_k + step * kSlice + half * 32 + pair * 8) * 2
+                       : slice + slice_offset<Shape>(Shape::kTileOutputs + row, half * 4 + pair);
+          },
+          products);
       __syncwarp();
       if (next_tile < num_tiles) {
         copy_weights(ring + stage * layout.stage, next_tile, next_k);
