@@ -48,7 +48,7 @@ void paged_attention(const CpuContext& ctx, TensorView q, const KvLayer& kv,
 // The same formula. q, kv and out have one dtype. bfloat16 with a head_dim of 64, 80, 96 or 128
 // runs on the tensor cores, where q and the weights of the softmax are rounded to bfloat16;
 // everything else takes a plain path in float32. A row of a chunk has the same bits in any batch
-// and chunking; a decode's also depend on the length of the splits.
+// and chunking; a decode's also depend on how many decodes there are, by steps.
 
 // A batch as the kernels see it. All arrays are device memory, so that a captured graph reads them
 // anew at each replay.

@@ -17,8 +17,6 @@
 
 namespace tinyvllm::cuda {
 
-inline constexpr int kDecodeWarps = 8;
-inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 inline constexpr int kDecodeTile = 16;   // positions that a warp takes at once
 inline constexpr int kDecodeHeads = 16;  // query heads of one KV head that a block takes
 
@@ -165,8 +163,8 @@ __device__ inline int dimension_of(int i, int g) {
 }
 
 // One block: the query heads of one KV head (up to 16 of them) over one split of one sequence.
-// Warp w takes the tiles w, w + 8, ... of the context, counted from its start, and the warps are
-// merged in order; the last block of a sequence to finish merges the splits in order. So who
+// Warp w takes the tiles w, w + kWarps, ... of the context, counted from its start, and the warps
+// are merged in order; the last block of a sequence to finish merges the splits in order. So who
 // computes when, and where a window begins, changes no bit of a tile's result.
 //
 // kRotates: a.q are rows of qkv as the product left them. The blocks normalise and rotate q for
@@ -175,10 +173,13 @@ __device__ inline int dimension_of(int i, int g) {
 //
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
-template <int kDim, bool kRotates>
-__global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
+// kWarps: 8 where few sequences leave SMs idle. Where many wait for their turn, blocks of 4 begin
+// and end at more different times, and some always read.
+template <int kDim, bool kRotates, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWarps)
     decode_attention_kernel(const AttentionArguments<BFloat16> a, const RopeArguments rope,
                             int split_size, float* partials, std::uint32_t* counters) {
+  constexpr int kThreads = kWarps * kWarpSize;
   let_next_begin();
   const int group = a.group(), head_tiles = (group + kDecodeHeads - 1) / kDecodeHeads;
   const int shares = a.num_kv_heads * head_tiles;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
       if (context > 0) continue;
       if (!waited) wait_for_previous();
       waited = true;
-      for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
         out[i] = BFloat16{0};
       }
       continue;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     // Tiles in this split: those that are congruent to the warp's number.
     const int end_tile = (end + kDecodeTile - 1) / kDecodeTile;
     int tile = first_tile;
-    while (tile < begin / kDecodeTile) tile += kDecodeWarps;
+    while (tile < begin / kDecodeTile) tile += kWarps;
 
     std::uint32_t keys[2][kDim / 8], values[4][kDim / 16];
     const auto valid = [&](int position) { return position >= begin && position < end; };
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
       load_along_row<kDim>(q + g * kDim, g < heads, t, low);
       load_along_row<kDim>(q + (g + 8) * kDim, g + 8 < heads, t, high);
       if constexpr (kRotates) {
-        const bool has_newest = end == context && newest_tile % kDecodeWarps == warp;
+        const bool has_newest = end == context && newest_tile % kWarps == warp;
         const BFloat16* k = a.q + sequence * a.q_stride + (a.num_heads + kv_head) * kDim;
         std::uint32_t key[kDim / 8], value[kDim / 16];
         load_along_row<kDim>(k, has_newest, t, key);
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
           multiply_add_16x8x16(scores[i], queries[s], keys[i][2 * s], keys[i][2 * s + 1]);
         }
       }
-      const int next = tile + kDecodeWarps;
+      const int next = tile + kWarps;
       if (next < end_tile) {
         offset = a.offset(table, kv_head, next * kDecodeTile);
         load_keys(next, offset);
@@ -423,10 +424,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     const int num_splits = (context - 1) / split_size - first_split + 1;
     const std::size_t item_size = partial_floats(a.num_heads, kDim);
     float* partial = partials + item * item_size + partial_floats(first_head, kDim);
-    for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
       const int head = i / kDim;
       const PartialAttention merged =
-          merge_partials(shared, kDecodeWarps, partial_size, heads, kDim, head, i % kDim);
+          merge_partials(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
       if (num_splits == 1) {
         out[i] = round_to_bfloat16(merged.sum / merged.total);
       } else {
@@ -439,7 +440,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
     }
 
     if (num_splits > 1) {
-      auto* is_last = reinterpret_cast<int*>(shared + kDecodeWarps * partial_size);
+      auto* is_last = reinterpret_cast<int*>(shared + kWarps * partial_size);
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
       if (*is_last) {
         __threadfence();
         const float* of_first_split = partial - (split - first_split) * item_size;
-        for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kDecodeThreads) {
+        for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
           const PartialAttention merged = merge_partials(of_first_split, num_splits, item_size,
                                                          heads, kDim, i / kDim, i % kDim);
           out[i] = round_to_bfloat16(merged.sum / merged.total);
@@ -464,10 +465,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kDim <= 64 ? 2 : 1)
 }
 
 // The newest k and v, the partial results of the warps, is_last.
-inline std::size_t decode_shared_bytes(int group, int head_dim) {
+inline std::size_t decode_shared_bytes(int group, int head_dim, int warps) {
   const int heads = group < kDecodeHeads ? group : kDecodeHeads;
   return 2 * static_cast<std::size_t>(head_dim) * sizeof(BFloat16) +
-         (kDecodeWarps * partial_floats(heads, head_dim) + 1) * sizeof(float);
+         (static_cast<std::size_t>(warps) * partial_floats(heads, head_dim) + 1) * sizeof(float);
 }
 
 }  // namespace tinyvllm::cuda

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "base/errors.h"
 #include "cuda/launch.h"
@@ -68,13 +69,20 @@ void attend_decodes(const CudaContext& ctx, const AttentionArguments<BFloat16>& 
                                  : decode_split(sequences.num_decodes, arguments.num_kv_heads);
   auto* partials = reinterpret_cast<float*>(ctx.workspace(
       paged_attention_workspace_bytes(sequences.max_decode_items, arguments.num_heads, kDim)));
-  launch(ctx, "decode_attention",
-         {.grid = dim3(static_cast<unsigned>(blocks)),
-          .block = kDecodeThreads,
-          .shared_bytes = decode_shared_bytes(group, kDim),
-          .overlaps_previous = true},
-         decode_attention_kernel<kDim, kRotates>, arguments, rope, static_cast<int>(split),
-         partials, ctx.counters());
+  const auto start = [&](auto warps) {
+    launch(ctx, "decode_attention",
+           {.grid = dim3(static_cast<unsigned>(blocks)),
+            .block = warps() * kWarpSize,
+            .shared_bytes = decode_shared_bytes(group, kDim, warps()),
+            .overlaps_previous = true},
+           decode_attention_kernel<kDim, kRotates, warps()>, arguments, rope,
+           static_cast<int>(split), partials, ctx.counters());
+  };
+  if (num_shares < 4 * ctx.num_multiprocessors()) {
+    start(std::integral_constant<int, 8>());
+  } else {
+    start(std::integral_constant<int, 4>());
+  }
 }
 
 }  // namespace tinyvllm::cuda
