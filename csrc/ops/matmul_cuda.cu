@@ -289,7 +289,7 @@ constexpr std::initializer_list<TunedPlan> kTunedPlans = {
 };
 
 MatmulPlan streaming_for(std::int64_t rows) {
-  if (rows <= 8) return streaming({1, 1, 64, 6}, 2, true, 0);
+  if (rows <= 8) return streaming({1, 1, 64, 6}, 2, true);
   if (rows <= 16) return streaming({1, 2, 64, 3}, 2);
   if (rows <= 32) return streaming({2, 4, 32, 3}, 2);
   if (rows <= 64) return streaming({2, 8, 32, 2}, 2);
