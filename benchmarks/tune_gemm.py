@@ -180,10 +180,10 @@ def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str,
         best_seconds = whole(best)
         for name, timed in ranked.items():
             for _, plan in timed[1:FINALISTS]:
-                other = {**best, name: plan}
-                seconds = whole(other)
+                candidate = {**best, name: plan}
+                seconds = whole(candidate)
                 if seconds < best_seconds:
-                    best, best_seconds = other, seconds
+                    best, best_seconds = candidate, seconds
         library = {
             name: next(plan for _, plan in timed if plan.kernel == "cublaslt")
             for name, timed in ranked.items()

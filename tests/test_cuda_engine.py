@@ -60,9 +60,7 @@ def drive(driver: Driver) -> None:
     assert all(record.ended for record in driver.records)
 
 
-def run(
-    model: Path, requests: list[tuple[list[int], dict[str, Any]]], **options: Any
-) -> list[Any]:
+def run(model: Path, requests: list[tuple[list[int], dict[str, Any]]], **options: Any) -> list[Any]:
     """The results of the requests on a GPU, all queued at once."""
     defaults: dict[str, Any] = {"device": "cuda", "num_blocks": 64, "max_model_len": 128}
     driver = Driver(model, **{**defaults, **options})

@@ -73,9 +73,9 @@ Weights placed(const Weights& host, const ModelConfig& config, Layout& layout) {
                   .copies = {}};
   const bool tied = host.lm_head.blocks[0].data == host.embedding.data;
   layout.align();
-  weights.embedding.data = layout.put(
-      host.embedding.data, host.embedding.rows * host.embedding.cols *
-                               static_cast<std::int64_t>(size_of(host.embedding.dtype)));
+  weights.embedding.data =
+      layout.put(host.embedding.data, host.embedding.rows * host.embedding.cols *
+                                          static_cast<std::int64_t>(size_of(host.embedding.dtype)));
   for (LayerWeights& layer : weights.layers) {
     layout.place(layer.input_norm, config.hidden_size);
     layout.place(layer.qkv);
