@@ -83,7 +83,8 @@ def test_the_versions_agree() -> None:
 def test_it_needs_nothing_heavy() -> None:
     needed = importlib.metadata.requires("tinyvllm") or []
     always = {re.split(r"[^\w-]", need)[0] for need in needed if "extra ==" not in need}
-    assert always == {"click", "huggingface-hub", "jinja2", "numpy", "tokenizers", "tqdm"}
+    libraries = {"click", "huggingface-hub", "jinja2", "numpy", "prompt_toolkit", "tokenizers"}
+    assert always == {*libraries, "tqdm"}
 
 
 def test_it_imports_nothing_heavy() -> None:
@@ -143,7 +144,7 @@ OWNERS |= {name: member for name, member in vars(_core).items() if isinstance(me
 WITH_CUDA = {
     *("CudaContext", "MatmulPlan", "MatmulTimer", "streaming_shapes", "num_normalising_shapes"),
     *("cuda_sample", "cuda_logprobs", "cuda_feed_tokens", "upload_and_read_back"),
-    "matmul_by_plan",
+    *("matmul_by_plan", "time_attention", "time_sampling"),
 }
 EMULATED = {"trap_names", "run_trap"}
 ABSENT = {

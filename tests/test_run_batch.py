@@ -610,7 +610,7 @@ def on_a_terminal(*arguments: str, stdin: bytes | None = None) -> str:
 
 def test_a_terminal_sees_how_far_it_is(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
-    lines = [{"prompt": "Once", "max_tokens": 30, "ignore_eos": True} for _ in range(24)]
+    lines = [{"prompt": "Once", "max_tokens": 500, "ignore_eos": True} for _ in range(24)]
     source.write_bytes(jsonl(lines))
     arguments = ["-o", str(target), "--max-num-seqs", "4"]
     file = on_a_terminal("-i", str(source), *arguments)
