@@ -13,7 +13,7 @@ CORE_FILES := $(shell find csrc third_party)
 CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build cuda compare demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
+.PHONY: help .venv build cuda gpu-report compare demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
 	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -125,6 +125,12 @@ emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	$(EMULATE)/venv/bin/python $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(EMULATE)/cmake \
 	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
+
+# On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.
+gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and the figures of benchmarks/gpu.py
+	$(BIN)/python -m pytest -k cuda tests/ops tests/test_cuda.py tests/test_cuda_engine.py $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k 'not cuda' $(ARGS)
+	$(BIN)/python benchmarks/gpu.py
 
 # Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
 # built with the sanitizers, so their library has to be loaded first, and that of C++ for its
