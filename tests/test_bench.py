@@ -448,17 +448,17 @@ def read_until(master: int, pattern: bytes) -> bytes:
 
 
 def test_ctrl_c_prints_what_was_measured_and_the_bar_has_the_time_left() -> None:
-    work = ["--num-prompts", "4", "--input-len", "8", "--output-len", "2000"]
+    work = ["--num-prompts", "16", "--input-len", "8", "--output-len", "2000"]
     process, master = on_terminal("throughput", "--no-limits", "-o", "json", *work)
-    shown = read_until(master, rb" [1-9]%\|")
+    shown = read_until(master, rb" [1-9]\d?%\|")
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     os.close(master)
     assert process.returncode == 130
-    assert re.search(rb"4 requests: +\d+%\|.*\| \d\d:\d\d<\d+:\d\d", shown)
+    assert re.search(rb"16 requests: +\d+%\|.*\| \d\d:\d\d<\d+:\d\d", shown)
     (row,) = json.loads(stdout)["results"]
-    assert (row["num_prompts"], row["completed"], row["failed"]) == (4, 0, 0)
-    assert 0 < row["total_output_tokens"] < 4 * 2000
+    assert (row["num_prompts"], row["completed"], row["failed"]) == (16, 0, 0)
+    assert 0 < row["total_output_tokens"] < 16 * 2000
     assert row["output_throughput"] > 0
 
 
