@@ -1,6 +1,6 @@
 """Measures what the engine gains over a loop around a forward pass, on the bundled model.
 
-    python benchmarks/engine.py [mix] [prefix] [scheduling] [--json FILE]
+    python benchmarks/engine.py [mix] [prefix] [scheduling] [--scale S] [--model DIR] [--json FILE]
 
 mix         256 requests of 100 to 1,024 tokens in and out (nano-vllm's protocol): continuous
             against static batching, then a pool that holds a tenth of the requests, then one
@@ -28,9 +28,14 @@ from tinyvllm.llm import BUNDLED_MODEL
 Prompts = list[list[int]]
 
 
-def run(prompts: Prompts, params: list[SamplingParams], **options: Any) -> dict[str, Any]:
+def run(
+    prompts: Prompts,
+    params: list[SamplingParams],
+    model: Path = BUNDLED_MODEL,
+    **options: Any,
+) -> dict[str, Any]:
     """One engine, all requests at once: seconds, tokens, and the engine's counters."""
-    with LLM(BUNDLED_MODEL, **options) as llm:
+    with LLM(model, **options) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4), use_tqdm=False)  # warm-up
         before = llm.stats()
         began = time.perf_counter()
@@ -48,7 +53,7 @@ def run(prompts: Prompts, params: list[SamplingParams], **options: Any) -> dict[
     }
 
 
-def mix(scale: float) -> dict[str, Any]:
+def mix(scale: float, model: Path) -> dict[str, Any]:
     generator = random.Random(0)
     count = max(1, int(256 * scale))
     prompts = [
@@ -75,7 +80,7 @@ def mix(scale: float) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     expected: list[list[int]] = []
     for name, options in variants.items():
-        row = rows[name] = run(prompts, params, **options)
+        row = rows[name] = run(prompts, params, model, **options)
         tokens = row.pop("tokens")
         expected = expected or tokens
         row["same tokens as continuous"] = tokens == expected
@@ -140,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=[], help="mix, prefix, scheduling; all if none")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the mix's 256 requests")
+    parser.add_argument("--model", type=Path, default=BUNDLED_MODEL, help="of the mix")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     parts = arguments.parts or ["prefix", "scheduling", "mix"]
@@ -151,7 +157,7 @@ def main() -> None:
     for part in parts:
         print(f"--- {part}", flush=True)
         figures[part] = {
-            "mix": lambda: mix(arguments.scale),
+            "mix": lambda: mix(arguments.scale, arguments.model),
             "prefix": prefix,
             "scheduling": scheduling,
         }[part]()
