@@ -1,6 +1,7 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
+#include <memory>
 #include <set>
 #include <utility>
 
@@ -480,9 +481,9 @@ StepResult CudaRunner::collect() {
     }
     result.samples[i].token = tokens[i];
     if (step.num_logprobs[i] >= 0) {
-      result.samples[i].logprobs =
+      result.samples[i].logprobs = std::make_unique<TokenLogprobs>(
           read_logprobs(logprobs_at(draw_logprobs_.host[slot].data(), draw_logprobs_.rows),
-                        static_cast<std::int64_t>(i), step.num_logprobs[i]);
+                        static_cast<std::int64_t>(i), step.num_logprobs[i]));
     }
   }
   for (std::size_t i = 0; i < step.num_of_prompts.size(); ++i) {

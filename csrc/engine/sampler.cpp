@@ -352,7 +352,7 @@ float log_min_p(const SamplingParams& params) {
 }
 
 DrawOrigin::DrawOrigin(const Sequence& sequence)
-    : request(sequence.request->id),
+    : request(sequence.id),
       position(static_cast<std::int64_t>(sequence.num_tokens()) - 1),
       min_tokens(sequence.request->params.min_tokens),
       num_stop_token_ids(sequence.request->params.stop_token_ids.size()) {}
@@ -434,7 +434,10 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                       static_cast<std::uint32_t>(sequence.tokens.size())};
     sample.token = filtered_draw(params, noise, {logits, inverse_temperature(params), row});
   }
-  if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
+  if (params.logprobs) {
+    sample.logprobs =
+        std::make_unique<TokenLogprobs>(top_logprobs(raw, sample.token, *params.logprobs));
+  }
   return sample;
 }
 

@@ -10,7 +10,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,7 +21,7 @@ namespace tinyvllm {
 
 struct Sample {
   std::int32_t token = 0;
-  std::optional<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
+  std::unique_ptr<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
 };
 
 class Sampler {
