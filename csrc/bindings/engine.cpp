@@ -435,8 +435,9 @@ void bind_parts(py::module_& module) {
             }
           }
         }
+        Sampler::Workspace workspace;
         const Sample sample =
-            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits);
+            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits, workspace);
         return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
       },
       "params"_a, "logits"_a, "prompt"_a, "output"_a, "seed"_a = 0,

@@ -318,10 +318,10 @@ void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
 
 // Hands out what a step has given. Output gets nothing before all that can fail is done.
 void Engine::collect_oldest(StepOutput& output) {
-  StepResult result;
+  StepResult* result;
   try {
     const CpuTimer timer(totals_.model_seconds);
-    result = runner_->collect();
+    result = &runner_->collect();
     // Zeros were read in place of a page that is gone: nothing of this step may leave.
     if (checkpoint_.any_file_failed()) checkpoint_.check_files();
   } catch (...) {
@@ -336,7 +336,7 @@ void Engine::collect_oldest(StepOutput& output) {
     const auto owner = requests_.find(step.prompt_owners[i]);
     if (owner == requests_.end()) continue;  // aborted meanwhile
     Request& request = *owner->second;
-    request.prompt_logprobs.push_back(std::move(result.prompt_logprobs[i]));
+    request.prompt_logprobs.push_back(std::move(result->prompt_logprobs[i]));
     if (!request.wants_prompt_logprobs()) {
       output.prompt_logprobs.emplace_back(request.id, request.prompt_logprobs);
     }
@@ -347,10 +347,10 @@ void Engine::collect_oldest(StepOutput& output) {
     Sequence* sequence = step.targets[i];
     if (sequence == nullptr) continue;
     --sequence->num_pending;
-    if (result.errors[i]) {
-      failed.emplace(sequence->id, result.errors[i]);
+    if (result->errors[i]) {
+      failed.emplace(sequence->id, result->errors[i]);
     } else {
-      accept(*sequence, std::move(result.samples[i]), output);
+      accept(*sequence, std::move(result->samples[i]), output);
     }
   }
   for (const auto& [id, error] : failed) fail(id, error, output);

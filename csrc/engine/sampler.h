@@ -30,10 +30,16 @@ class Sampler {
   explicit Sampler(std::vector<std::int32_t> eos_token_ids)
       : eos_token_ids_(std::move(eos_token_ids)) {}
 
+  // What one call at a time works in; kept from row to row so that most rows allocate nothing.
+  struct Workspace {
+    std::vector<float> block_maxima;  // of the row, by blocks of its logits
+    std::vector<float> edited;        // the row with what a request's options change
+  };
+
   // The next token of one of the request's samples, which `sequence` is or stands for, from
   // `logits` [vocab]. Throws Error where a logit is not finite, and where the masks leave no token.
-  Sample sample(const Sequence& sequence, std::int32_t sample_index,
-                std::span<const float> logits) const;
+  Sample sample(const Sequence& sequence, std::int32_t sample_index, std::span<const float> logits,
+                Workspace& workspace) const;
 
  private:
   std::vector<std::int32_t> eos_token_ids_;
