@@ -1,6 +1,7 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
+#include <memory>
 #include <set>
 #include <utility>
 
@@ -461,38 +462,38 @@ void CudaRunner::make_room(LogprobBuffers& buffers, std::int64_t rows) {
   }
 }
 
-StepResult CudaRunner::collect() {
+StepResult& CudaRunner::collect() {
   ctx_.activate();
   const std::size_t slot = num_collected_ % kStepsInFlight;
   const InFlight& step = in_flight_[slot];
   step.done.synchronize();
   ++num_collected_;
 
-  StepResult result;
   const auto* tokens = host_results_[slot].as<std::int32_t>();
   const auto* errors = reinterpret_cast<const SampleError*>(tokens + step.num_draws);
-  result.samples.resize(step.origins.size());
-  result.errors.resize(step.origins.size());
+  result_.samples.resize(step.origins.size());
+  result_.errors.assign(step.origins.size(), nullptr);
   for (std::size_t i = 0; i < step.origins.size(); ++i) {
     if (errors[i] != SampleError::kNone) {
       const DrawOrigin& origin = step.origins[i];
-      result.errors[i] = std::make_exception_ptr(
+      result_.errors[i] = std::make_exception_ptr(
           Error(errors[i] == SampleError::kNoToken ? origin.no_token() : origin.not_finite()));
       continue;
     }
-    result.samples[i].token = tokens[i];
+    result_.samples[i] = {.token = tokens[i], .logprobs = nullptr};
     if (step.num_logprobs[i] >= 0) {
-      result.samples[i].logprobs =
+      result_.samples[i].logprobs = std::make_unique<TokenLogprobs>(
           read_logprobs(logprobs_at(draw_logprobs_.host[slot].data(), draw_logprobs_.rows),
-                        static_cast<std::int64_t>(i), step.num_logprobs[i]);
+                        static_cast<std::int64_t>(i), step.num_logprobs[i]));
     }
   }
+  result_.prompt_logprobs.clear();
   for (std::size_t i = 0; i < step.num_of_prompts.size(); ++i) {
-    result.prompt_logprobs.push_back(
+    result_.prompt_logprobs.push_back(
         read_logprobs(logprobs_at(prompt_logprobs_.host[slot].data(), prompt_logprobs_.rows),
                       static_cast<std::int64_t>(i), step.num_of_prompts[i]));
   }
-  return result;
+  return result_;
 }
 
 void CudaRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {

@@ -52,7 +52,7 @@ class CudaRunner : public Runner {
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return kStepsInFlight; }
   void launch(const StepPlan& plan) override;
-  StepResult collect() override;
+  StepResult& collect() override;
   void copy_logits(std::span<const std::int32_t> rows, float* out) override;
   void abandon() override;
 
@@ -123,6 +123,7 @@ class CudaRunner : public Runner {
   std::map<GraphKey, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
+  StepResult result_;                      // of the step that was collected last
   MutTensorView logits_{};                 // of the step that was launched last
   std::vector<std::int32_t> device_rows_;  // of each row of its plan
   std::vector<std::int32_t>
