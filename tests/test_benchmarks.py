@@ -31,6 +31,7 @@ def _module(name: str) -> Any:
 runner: Any = _module("runner")
 results: Any = _module("results")
 roofline: Any = _module("roofline")
+compare: Any = _module("compare")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,15 @@ def test_a_peer_that_does_less_work_is_refused(models: Path, behaviour: str, rea
     assert "refused" in results.to_markdown([result])
 
 
+def test_a_peer_whose_first_token_is_another_one_has_not_started_the_same_work(
+    models: Path,
+) -> None:
+    result = run(models, "guesses", measures="start", num_prompts=1, max_tokens=1)
+    (_, theirs) = result["peers"]
+    assert "nats less likely" in theirs["refused"]
+    assert "values" not in theirs
+
+
 def test_the_command_ends_with_an_error_where_a_peer_is_refused(
     models: Path,
     tmp_path: Path,
@@ -114,6 +124,23 @@ def test_the_command_ends_with_an_error_where_a_peer_is_refused(
     assert stopped.value.code == 1
     assert "REFUSED" in capsys.readouterr().out
     assert "refused" in (tmp_path / "out.md").read_text()
+
+
+def test_a_trial_leaves_the_results_alone(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner, "TRIALS", tmp_path / "trials")
+    arguments = ["--models", str(models), "--rounds", "1", "--peers", "--scaled-by", "2"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+    finished: list[Path] = []
+    runner.main("A.", [row()], [], tmp_path / "results" / "out.json", finish=finished.append)
+    assert finished == [tmp_path / "trials" / "out.json"]
+    assert finished[0].with_suffix(".md").exists()
+    assert not (tmp_path / "results").exists()
+    assert "all divided by 2" in capsys.readouterr().out
 
 
 def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Path) -> None:
@@ -229,3 +256,47 @@ def test_prompts_are_the_same_in_every_run_and_without_special_tokens() -> None:
     first, second = (row(prompt_len=64).work(384) for _ in range(2))
     assert first == second
     assert all(token > 100 for prompt in first.prompts for token in prompt)
+
+
+# --- The comparison in the README -----------------------------------------------------------------
+
+
+def test_the_readme_shows_what_compare_has_measured() -> None:
+    """Before the first run, nothing; after it the plot, and the table of its JSON."""
+    rows = results.read_rows(results.DIRECTORY / "compare.json")
+    readme = compare.README.read_text(encoding="utf-8")
+    assert compare.pasted(readme, rows) == readme
+    for suffix in (".md", ".png", ".svg"):
+        assert (results.DIRECTORY / f"compare{suffix}").exists() == bool(rows)
+    if rows:
+        table = (results.DIRECTORY / "compare.md").read_text()
+        assert table == results.to_markdown(rows)
+        assert table in readme
+
+
+def test_figures_take_the_place_of_the_old_ones(models: Path) -> None:
+    result = run(models, "honest")
+    readme = f"before\n{compare._BEGIN}old\n{compare._END}after\n"
+    new = compare.pasted(readme, [result])
+    assert new.startswith("before\n")
+    assert new.endswith("after\n")
+    assert results.to_markdown([result]) in new
+    assert "compare.svg" in new
+    assert "old" not in new
+    assert compare.pasted(new, [result]) == new
+    with pytest.raises(ValueError, match=r"README\.md has no"):
+        compare.pasted("before\n", [result])
+
+
+def test_the_table_and_the_plot_say_what_was_checked_and_where(models: Path) -> None:
+    result = run(models, "honest")
+    assert "12 tokens from each engine; sequences with the very same: fake 2 of 2\n" in (
+        results.to_markdown([result])
+    )
+    result["peers"][1]["agreement"].update(identical=1, largest_gap=0.25)
+    assert "fake 1 of 2; the others part at a near tie, of 0.25 nats at the most" in (
+        results.to_markdown([result])
+    )
+    caption = results.measured_where([result])
+    assert "medians of 2 rounds" in caption
+    assert "it read 1 to 1 GB/s and multiplied 100 to 100 GFLOP/s" in caption
