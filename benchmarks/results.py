@@ -13,7 +13,8 @@ one. Every row stands for itself:
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
-    limit           the value that these limits allow (roofline.py), the median over rounds, or null
+    limit           the value that these limits allow (tinyvllm.model_cost), the median over
+                    rounds, or null
     peers           one object a peer:
       peer, version   as the adapter says
       missing         why it did not run, in which case nothing follows

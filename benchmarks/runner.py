@@ -30,10 +30,10 @@ from typing import IO, Any
 import results
 from peers.peer import Outcome, TokenIds, Work
 from results import Json
-from roofline import ModelCost
 from tinyvllm import dummy
 from tinyvllm._core import default_num_threads
 from tinyvllm.limits import MachineLimits, measure_limits
+from tinyvllm.model_cost import ModelCost
 
 ROOT = Path(__file__).parent
 MODELS = ROOT.parent / "build" / "models"
@@ -159,7 +159,7 @@ class Row:
 
     def limit(self, work: Work, cost: ModelCost, limits: MachineLimits) -> float | None:
         if self.measures == "memory":
-            return float(cost.weight_bytes())
+            return float(cost.step_bytes)
         if self.measures in ("load", "start", "start_text"):
             return None
         lengths = [len(prompt) for prompt in work.prompts]
@@ -518,7 +518,7 @@ class Bench:
         columns: list[_Column],
         limits: list[MachineLimits],
     ) -> Json:
-        cost = ModelCost.of(checkpoint)
+        cost = ModelCost(checkpoint)
         allowed = [row.limit(work, cost, each) for each in limits]
         first = columns[0]
         smaller_is_better = row.unit != "tok/s"

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from families import FAMILIES
+from tinyvllm import dummy
 from tinyvllm.limits import MachineLimits
+from tinyvllm.model_cost import ModelCost
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FAKE = ("fake", "fake_peer")  # a name, and the module tests/fake_peer.py
@@ -30,7 +32,6 @@ def _module(name: str) -> Any:
 
 runner: Any = _module("runner")
 results: Any = _module("results")
-roofline: Any = _module("roofline")
 compare: Any = _module("compare")
 
 
@@ -200,11 +201,13 @@ def test_rows_of_whole_processes(models: Path, measures: str) -> None:
     assert low < result["peers"][0]["median"] < high
 
 
-def test_limits_of_a_known_model() -> None:
+def test_limits_of_a_known_model(tmp_path: Path) -> None:
     """Llama-3.2-1B by hand: a step reads 2.47 GB, a token costs 1.95 GFLOP in the layers."""
-    cost = roofline.ModelCost(973_078_528, 2048 * 128_256, 16 * 2 * 8 * 64, 16 * 32 * 64)
+    config = dummy.NAMED_CONFIGS["llama-3.2-1b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cost = ModelCost(tmp_path)
     limits = MachineLimits(29.5e9, 450e9)
-    assert cost.weight_bytes() == pytest.approx(2.4715e9, rel=1e-3)
+    assert cost.step_bytes == pytest.approx(2.4715e9, rel=1e-3)
     decode = 63 / cost.decode_seconds(limits, [16], [63])
     assert decode == pytest.approx(11.9, rel=0.01)
     prefill = 512 / cost.prefill_seconds(limits, [512])
@@ -212,17 +215,6 @@ def test_limits_of_a_known_model() -> None:
     batch = row(num_prompts=32, prompt_len=32, max_tokens=64)
     batched = batch.limit(batch.work(128_256), cost, limits)
     assert batched == pytest.approx(130, rel=0.03)
-
-
-def test_the_cost_of_a_checkpoint_is_that_of_its_tensors(models: Path) -> None:
-    cost = roofline.ModelCost.of(models / "tiny")
-    config = FAMILIES[FAMILY].config
-    from tinyvllm.dummy import tensor_shapes
-
-    shapes = tensor_shapes(config)
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    in_layers = sum(a * b for name, (a, b) in matrices.items() if ".layers." in name)
-    assert cost.layer_parameters == in_layers
 
 
 def test_a_results_file_says_nothing_of_who_and_where(models: Path, tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from tinyvllm.cli.terminal import Output, Stopped
 from tinyvllm.errors import CapacityError, InvalidRequestError, TinyvllmError
 
 if TYPE_CHECKING:
-    from tinyvllm.cli.bench_cost import ModelCost
     from tinyvllm.cli.bench_report import Report
     from tinyvllm.cli.bench_work import Work
     from tinyvllm.limits import MachineLimits
     from tinyvllm.llm import LLM
+    from tinyvllm.model_cost import ModelCost
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -435,9 +435,9 @@ def _opened(
     longest: tokens of the longest request, if that is known before the model is.
     """
     from tinyvllm import _core
-    from tinyvllm.cli.bench_cost import ModelCost
     from tinyvllm.cli.report import note, notes
     from tinyvllm.llm import BUNDLED_MODEL
+    from tinyvllm.model_cost import ModelCost
     from tinyvllm.model_lookup import find_model
 
     quiet = options["quiet"]
@@ -488,7 +488,8 @@ def _opened(
             "prefix_caching": prefix_caching,
             "max_num_seqs": max_num_seqs,
         }
-        yield llm, ModelCost(llm.directory, llm.stats()), model
+        info = llm.stats()
+        yield llm, ModelCost(llm.directory, info["dtype"], info["checkpoint_dtype"]), model
 
 
 def _shape(model: str | None) -> dict[str, object] | None:
