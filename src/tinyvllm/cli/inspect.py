@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinyvllm.cli.generate import DEFAULT_MAX_TOKENS
+from tinyvllm.cli.model_options import (
+    DEFAULT_MAX_TOKENS,
+    engine_options,
+    hub_options,
+    named_shape,
+)
 from tinyvllm.cli.options import Command, Count, option
 from tinyvllm.cli.terminal import Output, printable
 from tinyvllm.errors import CapacityError, InvalidRequestError
@@ -53,12 +58,9 @@ Examples:
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model", required=False, metavar="[MODEL]")
-@option("--revision", section="Model", metavar="REV", help="Branch, tag or commit of a hub model.")
-@option("--offline", section="Model", is_flag=True, help="Never use the network.")
+@hub_options
 @option(
     "--memory",
     section="Memory plan",
@@ -66,37 +68,11 @@ Examples:
     metavar="BYTES",
     help="Plan for a machine with this much to spare, such as 24G.  [default: this machine]",
 )
-@option(
-    "--max-model-len",
+@engine_options(
     section="Memory plan",
-    type=Count(),
-    metavar="N",
-    help="A sequence of so many tokens must fit.  [default: as many as memory holds]",
-)
-@option(
-    "--max-num-seqs",
-    section="Memory plan",
-    type=click.IntRange(1, 65536),
-    metavar="N",
-    default=256,
-    show_default=True,
-    help="Sequences that run together.",
-)
-@option(
-    "--max-num-batched-tokens",
-    section="Memory plan",
-    type=Count(),
-    metavar="N",
-    default=2048,
-    show_default=True,
-    help="Tokens of the largest step.",
-)
-@option(
-    "--dtype",
-    section="Memory plan",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    show_default=True,
+    threads=False,
+    batch=True,
+    max_model_len="A sequence of so many tokens must fit.  [default: as many as memory holds]",
 )
 @option("--tensors", "show_tensors", section="Output", is_flag=True, help="List every tensor.")
 @option(
@@ -134,9 +110,9 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
     tokenizer: Tokenizer | None = None
     warnings: list[str] = []
     program = _resident_bytes()
-    shape = _named_shape(model) if model and not Path(model).is_dir() else None
+    shape = named_shape(model)
     if shape is not None:
-        config, dtype, tensors = shape
+        config, dtype, tensors = _headers_of_shape(shape)
     else:
         directory = find_model(
             model or str(BUNDLED_MODEL), revision=options["revision"], offline=options["offline"]
@@ -154,11 +130,17 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
             f"max_model_len is {asked}; it must be from 2 to {own}, the model's "
             "max_position_embeddings."
         )
+    num_seqs, step_tokens = options["max_num_seqs"], options["max_num_batched_tokens"]
+    if step_tokens is not None and step_tokens < num_seqs:
+        raise InvalidRequestError(
+            f"max_num_batched_tokens is {step_tokens}; it must be at least max_num_seqs, which is "
+            f"{num_seqs}."
+        )
     limits = Limits(
         dtype=compute_dtype(options["dtype"], dtype),
         max_model_len=asked,
-        max_num_seqs=options["max_num_seqs"],
-        max_num_batched_tokens=max(options["max_num_batched_tokens"], options["max_num_seqs"]),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=step_tokens or max(2048, num_seqs),
     )
     memory = options["memory"]
     plan = make_plan(
@@ -191,7 +173,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer, config),
         "eos_token_ids": _eos_token_ids(directory, tokenizer),
         "sampling": sampling,
-        "memory": _memory(plan, limits.dtype, options),
+        "memory": _memory(plan, limits, "this machine" if memory is None else "--memory"),
         "warnings": warnings + sampling_warnings,
     }
     if options["show_tensors"]:
@@ -199,15 +181,12 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _named_shape(name: str) -> tuple[dict[str, Any], str, list[TensorHeader]] | None:
+def _headers_of_shape(
+    published: dict[str, Any],
+) -> tuple[dict[str, Any], str, list[TensorHeader]]:
     """The config, dtype and tensors of a published shape, of which there are no files."""
-    if "/" in name:
-        return None
     from tinyvllm import _core, dummy
 
-    published = dummy.NAMED_CONFIGS.get(name)
-    if published is None:
-        return None
     with tempfile.TemporaryDirectory(prefix="tinyvllm-inspect-") as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(published))
@@ -290,13 +269,13 @@ def _sampling(directory: Path | None) -> tuple[dict[str, dict[str, Any]], list[s
     return sampling, defaults.warnings
 
 
-def _memory(plan: MemoryPlan, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+def _memory(plan: MemoryPlan, limits: Limits, origin: str) -> dict[str, Any]:
     return {
         "available": plan.memory,
-        "available_from": "this machine" if options["memory"] is None else "--memory",
-        "dtype": dtype,
-        "max_num_seqs": options["max_num_seqs"],
-        "max_num_batched_tokens": max(options["max_num_batched_tokens"], options["max_num_seqs"]),
+        "available_from": origin,
+        "dtype": limits.dtype,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
         "program": plan.program,
         "weights": plan.weights,
         "mapped_weights": plan.mapped_weights,
