@@ -8,6 +8,7 @@
 #include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
+#include "ops/host_copy.h"
 #include "ops/paged_attention.h"
 
 namespace tinyvllm {
@@ -88,6 +89,7 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
        sample_workspace_bytes(padded(options.max_draws))}));
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx_, tables_.data(), 0, tables_.size());
+  cuda::fill_bytes(ctx_, results_.data(), 0, results_.size());  // padded rows draw nothing
 }
 
 RunnerInfo CudaRunner::info() const {
@@ -150,7 +152,7 @@ void CudaRunner::launch(const StepPlan& plan) {
     compute(step);
     draw(step.draws);
   }
-  fetch_draws(step.draws);
+  if (step.draws.any_logprobs) fetch_logprobs();
   find_prompt_logprobs(plan, in_flight);
   in_flight.done.record(ctx_.stream());
   ++num_launched_;
@@ -196,6 +198,7 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
   const auto chunk_starts = in.add<std::int32_t>(std::ssize(chunks) + 1);
   const auto chunk_tiles = in.add<std::int32_t>(2 * num_tiles);
   const auto draws = in.add<SampleRow>(pad ? num_decodes : std::ssize(plan.draws));
+  const std::size_t sure_bytes = in.bytes();
   const std::int64_t split = decode_split(num_decodes, config.num_kv_heads);
   std::int64_t num_splits_in_all = num_decodes - std::ssize(decodes);
   for (const Entry& decode : decodes) {
@@ -277,9 +280,10 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
   const SampleBatch sample_batch =
       send_draws(plan, draws, pad ? num_decodes : std::ssize(plan.draws), in_flight);
-  in.send(ctx_);
+  in_flight.num_draws = sample_batch.num_rows;
   const auto rows = static_cast<std::size_t>(num_rows);
-  return {.batch = {.tokens = {tokens.device, rows},
+  return {.sure_bytes = sure_bytes,
+          .batch = {.tokens = {tokens.device, rows},
                     .positions = {positions.device, rows},
                     .slots = {slots.device, rows},
                     .sequences = {.num_decodes = static_cast<std::int32_t>(num_decodes),
@@ -305,6 +309,7 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
 // The kernels of a step up to the logits, in the order of the stream.
 void CudaRunner::compute(const DeviceStep& step) {
+  pull_from_host(ctx_, step_inputs_.host(), step_inputs_.device(), step.sure_bytes);
   spread_block_tables(ctx_, step.table_entries, step.table_starts, step.num_sequences,
                       static_cast<std::int32_t>(max_blocks_), tables_.as<std::int32_t>());
   feed_tokens(ctx_, device_tokens(), step.sources,
@@ -317,13 +322,14 @@ void CudaRunner::compute_as_graph(const DeviceStep& step) {
   const auto size = static_cast<std::int64_t>(step.batch.tokens.size());
   const bool draws_inside =
       !step.draws.any_filter && !step.draws.any_logprobs && step.draws.num_edits == 0;
-  auto graph = graphs_.find({size, draws_inside});
+  const GraphKey key{size, num_launched_ % kStepsInFlight, draws_inside};
+  auto graph = graphs_.find(key);
   if (graph == graphs_.end()) {
     const auto record = [&] {
       compute(step);
       if (draws_inside) draw(step.draws);
     };
-    graph = graphs_.try_emplace({size, draws_inside}, ctx_, record).first;
+    graph = graphs_.try_emplace(key, ctx_, record).first;
   }
   graph->second.replay(ctx_);
   logits_ = model_.logits_view(size);
@@ -334,7 +340,7 @@ void CudaRunner::compute_as_graph(const DeviceStep& step) {
 // next launch.
 void CudaRunner::copy_forked_blocks(const std::vector<BlockCopy>& copies) {
   if (copies.empty()) return;
-  copy_inputs_.begin(ctx_, num_launched_, copies.size() * sizeof(BlockCopy) + 16);
+  copy_inputs_.begin(ctx_, num_launched_, copies.size() * sizeof(BlockCopy));
   const auto array = copy_inputs_.add<BlockCopy>(std::ssize(copies));
   std::copy(copies.begin(), copies.end(), array.host);
   copy_inputs_.send(ctx_);
@@ -393,25 +399,23 @@ SampleBatch CudaRunner::send_draws(const StepPlan& plan, StepInputs::Array<Sampl
   return batch;
 }
 
+// The tokens stay where the next step finds them, and go to the host.
 void CudaRunner::draw(const SampleBatch& draws) {
   if (draws.num_rows == 0) return;
-  std::int32_t* errors = device_tokens() + padded(options_.max_draws);
+  std::int32_t* errors = device_tokens() + draws.num_rows;
   sample(ctx_, logits_, draws,
          {.tokens = device_tokens(),
           .errors = reinterpret_cast<SampleError*>(errors),
           .logprobs = draws.any_logprobs
                           ? logprobs_at(draw_logprobs_.device.data(), draw_logprobs_.rows)
                           : LogprobOutputs{}});
+  push_to_host(ctx_, results_.data(), host_results_[num_launched_ % kStepsInFlight].data(),
+               static_cast<std::size_t>(draws.num_rows) * 2 * sizeof(std::int32_t));
 }
 
-void CudaRunner::fetch_draws(const SampleBatch& draws) {
-  if (draws.num_rows == 0) return;
-  const std::size_t slot = num_launched_ % kStepsInFlight;
-  cuda::copy_to_host(ctx_, host_results_[slot].data(), results_.data(), results_.size());
-  if (draws.any_logprobs) {
-    cuda::copy_to_host(ctx_, draw_logprobs_.host[slot].data(), draw_logprobs_.device.data(),
-                       draw_logprobs_.device.size());
-  }
+void CudaRunner::fetch_logprobs() {
+  cuda::copy_to_host(ctx_, draw_logprobs_.host[num_launched_ % kStepsInFlight].data(),
+                     draw_logprobs_.device.data(), draw_logprobs_.device.size());
 }
 
 void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
@@ -419,7 +423,7 @@ void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
   const auto count = static_cast<std::int64_t>(plan.prompt_rows.size());
   if (count == 0) return;
   for (const PromptRow& row : plan.prompt_rows) step.num_of_prompts.push_back(row.k);
-  prompt_inputs_.begin(ctx_, num_launched_, static_cast<std::size_t>(count) * 8 + 64);
+  prompt_inputs_.begin(ctx_, num_launched_, static_cast<std::size_t>(count) * 8);
   const auto rows = prompt_inputs_.add<std::int32_t>(count);
   const auto tokens = prompt_inputs_.add<std::int32_t>(count);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -468,7 +472,7 @@ StepResult CudaRunner::collect() {
 
   StepResult result;
   const auto* tokens = host_results_[slot].as<std::int32_t>();
-  const auto* errors = reinterpret_cast<const SampleError*>(tokens + padded(options_.max_draws));
+  const auto* errors = reinterpret_cast<const SampleError*>(tokens + step.num_draws);
   result.samples.resize(step.origins.size());
   result.errors.resize(step.origins.size());
   for (std::size_t i = 0; i < step.origins.size(); ++i) {

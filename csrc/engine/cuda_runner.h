@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -58,6 +59,7 @@ class CudaRunner : public Runner {
  private:
   // A step on the device: the batch, which of its rows have logits, and what is drawn from them.
   struct DeviceStep {
+    std::size_t sure_bytes;  // of its arrays, whatever the sequences are (ops/host_copy.h)
     Batch<CudaSequences> batch;
     std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
     const std::int32_t* sources;  // of each token: a draw of the step before, or -1
@@ -78,6 +80,7 @@ class CudaRunner : public Runner {
   // What collect() has to know of a step in flight.
   struct InFlight {
     cuda::Event done;
+    std::int32_t num_draws = 0;                // padded
     std::vector<DrawOrigin> origins;           // of each draw
     std::vector<std::int32_t> num_logprobs;    // of each draw; -1: none
     std::vector<std::int32_t> num_of_prompts;  // of each prompt row
@@ -91,7 +94,7 @@ class CudaRunner : public Runner {
   void compute(const DeviceStep& step);
   void compute_as_graph(const DeviceStep& step);
   void draw(const SampleBatch& draws);
-  void fetch_draws(const SampleBatch& draws);
+  void fetch_logprobs();
   std::size_t max_step_bytes() const;
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
@@ -107,13 +110,17 @@ class CudaRunner : public Runner {
 
   StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
-  cuda::DeviceMemory results_;  // [max_draws] int32 tokens, then as many errors
+  cuda::DeviceMemory results_;  // int32 tokens, one a draw, then as many errors
   std::array<cuda::PinnedMemory, kStepsInFlight> host_results_;
   LogprobBuffers draw_logprobs_, prompt_logprobs_;
 
-  // By the padded number of sequences, and whether the draws are a part of it: not if they have
-  // options that depend on the request.
-  std::map<std::pair<std::int64_t, bool>, cuda::Graph> graphs_;
+  struct GraphKey {
+    std::int64_t num_sequences;  // padded
+    std::size_t slot;            // of the host's arrays
+    bool draws_inside;           // not if the draws have options that depend on the request
+    auto operator<=>(const GraphKey&) const = default;
+  };
+  std::map<GraphKey, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
   MutTensorView logits_{};                 // of the step that was launched last

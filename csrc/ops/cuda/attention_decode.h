@@ -171,6 +171,9 @@ __device__ inline int dimension_of(int i, int g) {
 // themselves; the warp that has the newest position does so with k, and puts k and v into the
 // cache.
 //
+// A block without a task leaves at once and makes room for the next kernel's. Some block always has
+// one, so that the grid ends after the kernel before it.
+//
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
 // kWarps: 8 where few sequences leave SMs idle. Where many wait for their turn, blocks of 4 begin
@@ -256,11 +259,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
     if (any && a.window > 0) offset = a.offset(table, kv_head, tile * kDecodeTile);
     if (early) load_keys(tile, offset), load_values(tile, offset);
+    const int newest_tile = (context - 1) / kDecodeTile;
+    const bool has_newest = kRotates && end == context && newest_tile % kWarps == warp;
+    std::int64_t place = 0;  // of the newest k and v
+    if (has_newest) place = a.offset(table, kv_head, context - 1);
     if (!waited) wait_for_previous();
     waited = true;
     if (any && !early) load_keys(tile, offset), load_values(tile, offset);
 
-    const int newest_tile = (context - 1) / kDecodeTile;
     std::uint32_t queries[kDim / 16][4];
     {
       const BFloat16* q = a.q + sequence * a.q_stride + first_head * kDim;
@@ -268,7 +274,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
       load_along_row<kDim>(q + g * kDim, g < heads, t, low);
       load_along_row<kDim>(q + (g + 8) * kDim, g + 8 < heads, t, high);
       if constexpr (kRotates) {
-        const bool has_newest = end == context && newest_tile % kWarps == warp;
         const BFloat16* k = a.q + sequence * a.q_stride + (a.num_heads + kv_head) * kDim;
         std::uint32_t key[kDim / 8], value[kDim / 16];
         load_along_row<kDim>(k, has_newest, t, key);
@@ -278,7 +283,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
         if (heads > 8) norm_and_rotate<kDim>(high, rope.q_norm, rope.eps, angles, t);
         if (has_newest) {
           norm_and_rotate<kDim>(key, rope.k_norm, rope.eps, angles, t);
-          const std::int64_t place = a.offset(table, kv_head, context - 1);
           const bool keeps = share % head_tiles == 0;  // one block of the KV head
           const auto store = [](BFloat16* to, const std::uint32_t* words) {
             *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
@@ -461,7 +465,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     }
     __syncthreads();  // the next task writes where this one reads
   }
-  if (!waited) wait_for_previous();
 }
 
 // The newest k and v, the partial results of the warps, is_last.
