@@ -203,12 +203,11 @@ class PagedAttention {
       const std::int64_t kv_head = head_group * tile.heads + r / head_rows;
       const std::int64_t t = tile.sequence->first_token + tile.token + r / group_ % tile.num_tokens;
       const std::int64_t column = (kv_head * group_ + r % group_) * dim;
-      float* sums = state.sums + r * attention_columns(dim);
+      const float* sums = state.sums + r * attention_columns(dim);
       if (out_.dtype == DType::kFloat32) {
-        ctx_.kernels().divide(sums, state.total[r], dim, out_.row<float>(t) + column);
+        ctx_.kernels().divide_f32(sums, state.total[r], dim, out_.row<float>(t) + column);
       } else {
-        ctx_.kernels().divide(sums, state.total[r], dim, sums);
-        ctx_.kernels().to_bfloat16(sums, dim, out_.row<BFloat16>(t) + column);
+        ctx_.kernels().divide_bf16(sums, state.total[r], dim, out_.row<BFloat16>(t) + column);
       }
     }
   }
