@@ -46,7 +46,7 @@ inline constexpr std::int64_t attention_columns(std::int64_t head_dim) {
 // them has the maximum -inf and the total 0.
 struct AttentionState {
   float* sums;     // [rows, columns]  the weighted sum of the values
-  float* maximum;  // [rows]           the largest score, before `scale`
+  float* maximum;  // [rows]           a score that none exceeds by much, before `scale`
   float* total;    // [rows]           the sum of the weights exp(scale (score - maximum))
 
   static constexpr std::int64_t size(std::int64_t rows, std::int64_t head_dim) {  // in floats

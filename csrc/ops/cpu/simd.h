@@ -101,6 +101,18 @@ TINYVLLM_INLINE Float maximum(Float a, Float b) {
 #endif
 }
 
+// Whether a > b in any lane.
+TINYVLLM_INLINE bool any_greater(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#else
+  const Int greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+#endif
+}
+
 TINYVLLM_INLINE float horizontal_maximum(Float v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(v);
