@@ -1,6 +1,7 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
+#include <memory>
 #include <set>
 #include <utility>
 
@@ -73,10 +74,10 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::max(options.max_tokens, padded(options.max_draws)),
              std::max(padded(options.max_draws), kPromptLogprobRows)),
       max_blocks_((options.max_model_len + options.block_size - 1) / options.block_size),
-      step_inputs_(max_step_bytes(), "the arrays of a step"),
-      copy_inputs_(4096, "copies of blocks"),
-      edit_inputs_(4096, "changes of logits"),
-      prompt_inputs_(4096, "logprobs of prompts"),
+      step_inputs_(copies_, max_step_bytes(), "the arrays of a step"),
+      copy_inputs_(copies_, 4096, "copies of blocks"),
+      edit_inputs_(copies_, 4096, "changes of logits"),
+      prompt_inputs_(copies_, 4096, "logprobs of prompts"),
       tables_(
           static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) * sizeof(std::int32_t),
           "the block tables"),
@@ -198,7 +199,6 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
   const auto chunk_starts = in.add<std::int32_t>(std::ssize(chunks) + 1);
   const auto chunk_tiles = in.add<std::int32_t>(2 * num_tiles);
   const auto draws = in.add<SampleRow>(pad ? num_decodes : std::ssize(plan.draws));
-  const std::size_t sure_bytes = in.bytes();
   const std::int64_t split = decode_split(num_decodes, config.num_kv_heads);
   std::int64_t num_splits_in_all = num_decodes - std::ssize(decodes);
   for (const Entry& decode : decodes) {
@@ -280,10 +280,10 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
   const SampleBatch sample_batch =
       send_draws(plan, draws, pad ? num_decodes : std::ssize(plan.draws), in_flight);
+  in.send(ctx_);
   in_flight.num_draws = sample_batch.num_rows;
   const auto rows = static_cast<std::size_t>(num_rows);
-  return {.sure_bytes = sure_bytes,
-          .batch = {.tokens = {tokens.device, rows},
+  return {.batch = {.tokens = {tokens.device, rows},
                     .positions = {positions.device, rows},
                     .slots = {slots.device, rows},
                     .sequences = {.num_decodes = static_cast<std::int32_t>(num_decodes),
@@ -309,7 +309,6 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
 // The kernels of a step up to the logits, in the order of the stream.
 void CudaRunner::compute(const DeviceStep& step) {
-  pull_from_host(ctx_, step_inputs_.host(), step_inputs_.device(), step.sure_bytes);
   spread_block_tables(ctx_, step.table_entries, step.table_starts, step.num_sequences,
                       static_cast<std::int32_t>(max_blocks_), tables_.as<std::int32_t>());
   feed_tokens(ctx_, device_tokens(), step.sources,
@@ -340,7 +339,7 @@ void CudaRunner::compute_as_graph(const DeviceStep& step) {
 // next launch.
 void CudaRunner::copy_forked_blocks(const std::vector<BlockCopy>& copies) {
   if (copies.empty()) return;
-  copy_inputs_.begin(ctx_, num_launched_, copies.size() * sizeof(BlockCopy));
+  copy_inputs_.begin(ctx_, num_launched_, copies.size() * sizeof(BlockCopy) + 16);
   const auto array = copy_inputs_.add<BlockCopy>(std::ssize(copies));
   std::copy(copies.begin(), copies.end(), array.host);
   copy_inputs_.send(ctx_);
@@ -423,7 +422,7 @@ void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
   const auto count = static_cast<std::int64_t>(plan.prompt_rows.size());
   if (count == 0) return;
   for (const PromptRow& row : plan.prompt_rows) step.num_of_prompts.push_back(row.k);
-  prompt_inputs_.begin(ctx_, num_launched_, static_cast<std::size_t>(count) * 8);
+  prompt_inputs_.begin(ctx_, num_launched_, static_cast<std::size_t>(count) * 8 + 64);
   const auto rows = prompt_inputs_.add<std::int32_t>(count);
   const auto tokens = prompt_inputs_.add<std::int32_t>(count);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -463,38 +462,38 @@ void CudaRunner::make_room(LogprobBuffers& buffers, std::int64_t rows) {
   }
 }
 
-StepResult CudaRunner::collect() {
+StepResult& CudaRunner::collect() {
   ctx_.activate();
   const std::size_t slot = num_collected_ % kStepsInFlight;
   const InFlight& step = in_flight_[slot];
   step.done.synchronize();
   ++num_collected_;
 
-  StepResult result;
   const auto* tokens = host_results_[slot].as<std::int32_t>();
   const auto* errors = reinterpret_cast<const SampleError*>(tokens + step.num_draws);
-  result.samples.resize(step.origins.size());
-  result.errors.resize(step.origins.size());
+  result_.samples.resize(step.origins.size());
+  result_.errors.assign(step.origins.size(), nullptr);
   for (std::size_t i = 0; i < step.origins.size(); ++i) {
     if (errors[i] != SampleError::kNone) {
       const DrawOrigin& origin = step.origins[i];
-      result.errors[i] = std::make_exception_ptr(
+      result_.errors[i] = std::make_exception_ptr(
           Error(errors[i] == SampleError::kNoToken ? origin.no_token() : origin.not_finite()));
       continue;
     }
-    result.samples[i].token = tokens[i];
+    result_.samples[i] = {.token = tokens[i], .logprobs = nullptr};
     if (step.num_logprobs[i] >= 0) {
-      result.samples[i].logprobs =
+      result_.samples[i].logprobs = std::make_unique<TokenLogprobs>(
           read_logprobs(logprobs_at(draw_logprobs_.host[slot].data(), draw_logprobs_.rows),
-                        static_cast<std::int64_t>(i), step.num_logprobs[i]);
+                        static_cast<std::int64_t>(i), step.num_logprobs[i]));
     }
   }
+  result_.prompt_logprobs.clear();
   for (std::size_t i = 0; i < step.num_of_prompts.size(); ++i) {
-    result.prompt_logprobs.push_back(
+    result_.prompt_logprobs.push_back(
         read_logprobs(logprobs_at(prompt_logprobs_.host[slot].data(), prompt_logprobs_.rows),
                       static_cast<std::int64_t>(i), step.num_of_prompts[i]));
   }
-  return result;
+  return result_;
 }
 
 void CudaRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {

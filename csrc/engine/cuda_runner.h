@@ -52,14 +52,13 @@ class CudaRunner : public Runner {
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return kStepsInFlight; }
   void launch(const StepPlan& plan) override;
-  StepResult collect() override;
+  StepResult& collect() override;
   void copy_logits(std::span<const std::int32_t> rows, float* out) override;
   void abandon() override;
 
  private:
   // A step on the device: the batch, which of its rows have logits, and what is drawn from them.
   struct DeviceStep {
-    std::size_t sure_bytes;  // of its arrays, whatever the sequences are (ops/host_copy.h)
     Batch<CudaSequences> batch;
     std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
     const std::int32_t* sources;  // of each token: a draw of the step before, or -1
@@ -108,6 +107,7 @@ class CudaRunner : public Runner {
   const std::int64_t max_blocks_;  // of a block table
   std::optional<KvCache> kv_cache_;
 
+  const cuda::Stream copies_;
   StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
   cuda::DeviceMemory results_;  // int32 tokens, one a draw, then as many errors
@@ -116,13 +116,14 @@ class CudaRunner : public Runner {
 
   struct GraphKey {
     std::int64_t num_sequences;  // padded
-    std::size_t slot;            // of the host's arrays
+    std::size_t slot;            // where its inputs and results lie
     bool draws_inside;           // not if the draws have options that depend on the request
     auto operator<=>(const GraphKey&) const = default;
   };
   std::map<GraphKey, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
+  StepResult result_;                      // of the step that was collected last
   MutTensorView logits_{};                 // of the step that was launched last
   std::vector<std::int32_t> device_rows_;  // of each row of its plan
   std::vector<std::int32_t>
