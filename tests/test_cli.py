@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -125,6 +126,17 @@ def test_stats_go_to_stderr_and_name_the_seed(model: str) -> None:
     assert b"seed 11" in result.stderr
     assert b"max_tokens 4 (flag)" in result.stderr
     assert result.stdout == generate(model, "-p", "Hello", "-n", "4").stdout
+
+
+def test_stats_show_what_starting_up_took(model: str) -> None:
+    stats = generate(model, "--prompt-ids", "5,6", "-n", "1", "--stats").stderr.decode()
+    (line,) = (line for line in stats.splitlines() if line.startswith("tinyvllm: start: "))
+    parts = dict(re.findall(r"(\w+) ([0-9.]+) s", line.split("start: ")[1]))
+    assert list(parts) == ["interpreter", "imports", "find", "weights", "tokenizer"]
+    age = re.search(r"([0-9.]+) s after process start", stats)
+    assert age is not None
+    before = sum(float(parts[name]) for name in ("interpreter", "imports", "find", "weights"))
+    assert 0.02 < before < float(age[1]) + 0.05  # the system counts in hundredths of a second
 
 
 def test_the_seed_that_stats_shows_repeats_the_run(model: str) -> None:
