@@ -48,8 +48,10 @@ def generate(model: str, *arguments: str, **options: Any) -> Result:
     return tinyvllm("generate", "--model", model, *arguments, **options)
 
 
-def assert_error(result: Result, code: int, *parts: str) -> None:
-    """The exit code, nothing on stdout, one line on stderr that has these parts in it."""
+def assert_error(result: Result, code: int, *parts: str, lines: int = 1) -> None:
+    """The exit code, nothing on stdout, one line on stderr that has these parts in it; `lines`: and
+    a table.
+    """
     stderr = result.stderr.decode()
     assert result.returncode == code, stderr
     assert result.stdout == b""
@@ -57,7 +59,7 @@ def assert_error(result: Result, code: int, *parts: str) -> None:
     for part in parts:
         assert part in stderr
     if code != 2 or stderr.startswith("tinyvllm: error"):
-        assert stderr.count("\n") == 1, stderr
+        assert stderr.count("\n") == lines, stderr
 
 
 # --- What comes out ---------------------------------------------------------------------------
@@ -253,7 +255,8 @@ def test_what_will_not_fit_is_exit_4(model: str, tmp_path: Path) -> None:
     config["max_position_embeddings"] = 1_500_000_000
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = generate(str(tmp_path), "-p", "x", "--max-model-len", "1500000000")
-    assert_error(result, 4, "1500000000", "GiB", "Lower max_model_len")
+    table = ("\n  weights ", "\n  KV cache ", "\n  workspace ", "\n  free ")
+    assert_error(result, 4, "1500000000", "GiB", "Lower max_model_len", *table, lines=5)
 
 
 def test_cuda_without_cuda_is_exit_5(model: str) -> None:

@@ -1,6 +1,7 @@
 """The command line: `tinyvllm COMMAND ...`. Commands are loaded when they are called.
 
-stdout carries the answer and nothing else. What goes wrong is one line on stderr and an exit code:
+stdout carries the answer and nothing else. What goes wrong is one line on stderr, with a table
+below it where a model does not fit, and an exit code:
 
     0 done                         4 it will not fit
     1 failed while running         5 no such device
