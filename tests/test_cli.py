@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -47,8 +48,10 @@ def generate(model: str, *arguments: str, **options: Any) -> Result:
     return tinyvllm("generate", "--model", model, *arguments, **options)
 
 
-def assert_error(result: Result, code: int, *parts: str) -> None:
-    """The exit code, nothing on stdout, one line on stderr that has these parts in it."""
+def assert_error(result: Result, code: int, *parts: str, lines: int = 1) -> None:
+    """The exit code, nothing on stdout, one line on stderr that has these parts in it; `lines`: and
+    a table.
+    """
     stderr = result.stderr.decode()
     assert result.returncode == code, stderr
     assert result.stdout == b""
@@ -56,7 +59,7 @@ def assert_error(result: Result, code: int, *parts: str) -> None:
     for part in parts:
         assert part in stderr
     if code != 2 or stderr.startswith("tinyvllm: error"):
-        assert stderr.count("\n") == 1, stderr
+        assert stderr.count("\n") == lines, stderr
 
 
 # --- What comes out ---------------------------------------------------------------------------
@@ -125,6 +128,17 @@ def test_stats_go_to_stderr_and_name_the_seed(model: str) -> None:
     assert b"seed 11" in result.stderr
     assert b"max_tokens 4 (flag)" in result.stderr
     assert result.stdout == generate(model, "-p", "Hello", "-n", "4").stdout
+
+
+def test_stats_show_what_starting_up_took(model: str) -> None:
+    stats = generate(model, "--prompt-ids", "5,6", "-n", "1", "--stats").stderr.decode()
+    (line,) = (line for line in stats.splitlines() if line.startswith("tinyvllm: start: "))
+    parts = dict(re.findall(r"(\w+) ([0-9.]+) s", line.split("start: ")[1]))
+    assert list(parts) == ["interpreter", "imports", "find", "weights", "tokenizer"]
+    age = re.search(r"([0-9.]+) s after process start", stats)
+    assert age is not None
+    before = sum(float(parts[name]) for name in ("interpreter", "imports", "find", "weights"))
+    assert 0.02 < before < float(age[1]) + 0.05  # the system counts in hundredths of a second
 
 
 def test_the_seed_that_stats_shows_repeats_the_run(model: str) -> None:
@@ -241,7 +255,8 @@ def test_what_will_not_fit_is_exit_4(model: str, tmp_path: Path) -> None:
     config["max_position_embeddings"] = 1_500_000_000
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = generate(str(tmp_path), "-p", "x", "--max-model-len", "1500000000")
-    assert_error(result, 4, "1500000000", "GiB", "Lower max_model_len")
+    table = ("\n  weights ", "\n  KV cache ", "\n  workspace ", "\n  free ")
+    assert_error(result, 4, "1500000000", "GiB", "Lower max_model_len", *table, lines=5)
 
 
 def test_cuda_without_cuda_is_exit_5(model: str) -> None:

@@ -206,8 +206,10 @@ def test_a_step_that_throws_fails_its_requests_and_the_next_one_works(model: Pat
 def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
     from tinyvllm.errors import CapacityError
 
-    with pytest.raises(CapacityError, match=r"KV cache.*bytes"):
+    with pytest.raises(CapacityError, match=r"KV cache.*bytes") as caught:
         _core.Engine(model, device="cuda", num_blocks=2**31 - 1, max_model_len=128)
+    rows = [line.split()[0] for line in str(caught.value).splitlines()[1:]]
+    assert rows == ["weights", "KV", "workspace", "free"]
 
 
 # --- The memory plan ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -550,6 +551,29 @@ def test_a_pool_that_holds_no_block_is_refused_with_the_numbers(model: Path) -> 
         engine_of(model, num_blocks=None, kv_cache_memory_bytes=100)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks": 5, "max_model_len": 81},
+        {"num_blocks": None, "kv_cache_memory_bytes": 100},
+        {"num_blocks": 2**31 - 1, "block_size": 4096},
+    ],
+    ids=["length", "no block", "address space"],
+)
+def test_what_does_not_fit_comes_with_a_table_of_what_takes_the_memory(
+    model: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(CapacityError) as caught:
+        engine_of(model, **options)
+    rows = dict(re.findall(r"^  (\w[\w ]*?) +([0-9.]+) MiB", str(caught.value), re.MULTILINE))
+    assert list(rows) == ["weights", "KV cache", "workspace", "free"]
+    files = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert float(rows["weights"]) == pytest.approx(files / 2**20, abs=0.02)
+    assert float(rows["KV cache"]) == pytest.approx(1000 * BYTES_PER_TOKEN / 2**20, abs=0.01)
+    assert float(rows["workspace"]) > 0
+    assert float(rows["free"]) == pytest.approx(_core.available_memory() / 2**20, rel=0.2)
+
+
 def test_a_pool_beyond_the_address_space_is_refused(model: Path) -> None:
     # 2^31 - 1 blocks of 4,096 tokens: 1.6e15 bytes, more than a process can address.
     with pytest.raises(CapacityError, match=r"Cannot reserve \d+ bytes for a KV cache"):
@@ -594,7 +618,10 @@ def test_activations_that_do_not_fit_are_a_capacity_error(model: Path) -> None:
         except CapacityError as error:
             print(error)
     """
-    assert run_python(code).startswith("Cannot reserve ")
+    message = run_python(code)
+    assert message.startswith("Cannot reserve ")
+    assert "\n  weights " in message
+    assert "\n  KV cache " in message
 
 
 # --- The end of files, engines and processes ------------------------------------------------------

@@ -397,6 +397,24 @@ def test_a_deferred_tokenizer_changes_neither_tokens_nor_text() -> None:
     assert "".join(delta.text for delta in deltas) == want.text
 
 
+def test_a_single_token_does_not_wait_for_a_deferred_tokenizer() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    prompt = [5, 6, 7, 8]
+    with LLM() as llm:
+        want = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+    with LLM(defer_tokenizer=True) as llm:
+        deltas = llm.stream([prompt], params)
+        first = next(deltas)
+        assert (first.token_ids, first.text, first.finish_reason) == (want.token_ids, "", None)
+        assert "tokenizer" not in llm.load_seconds()
+        (last,) = deltas
+        assert "tokenizer" in llm.load_seconds()
+        assert (last.token_ids, last.text, last.finish_reason) == ([], want.text, "length")
+    with LLM(defer_tokenizer=True) as llm:
+        got = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+    assert (got.token_ids, got.text) == (want.token_ids, want.text)
+
+
 def test_a_deferred_tokenizer_that_is_broken_is_an_error_when_it_is_needed(tmp_path: Path) -> None:
     shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"

@@ -22,12 +22,14 @@ class Tinyvllm(Peer):
             max_model_len=settings.max_model_len,
             enable_prefix_caching=False,  # a prompt that comes again is computed again
             quiet=True,
+            defer_tokenizer=not settings.tokenizer,
         )
 
     def run(self, work: Work) -> Outcome:
         params = [_greedy(count) for count in work.max_tokens]
         tokens: list[TokenIds] = [[] for _ in work.prompts]
         waiting, first_token_seconds = len(work.prompts), 0.0
+        missing = sum(work.max_tokens)
         began = time.perf_counter()
         for delta in self._llm.stream(work.prompts, params):
             if delta.token_ids and not tokens[delta.prompt_index]:
@@ -35,6 +37,9 @@ class Tinyvllm(Peer):
                 if not waiting:
                     first_token_seconds = time.perf_counter() - began
             tokens[delta.prompt_index] += delta.token_ids
+            missing -= len(delta.token_ids)
+            if not missing:
+                break  # what is left is text, and only ids were asked for
         return Outcome(tokens, time.perf_counter() - began, first_token_seconds)
 
     def encode(self, text: str) -> TokenIds:

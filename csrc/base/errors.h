@@ -25,7 +25,8 @@ class UnsupportedModelError : public Error {
   using Error::Error;
 };
 
-// The model, its KV cache or a request is larger than the memory that it may use.
+// The model, its KV cache or a request is larger than the memory that it may use. Where a model does
+// not fit, a table follows the line: what takes how much.
 class CapacityError : public Error {
  public:
   using Error::Error;

@@ -328,7 +328,7 @@ class Model {
     EngineConfig config = config_;
     config.max_num_batched_tokens = chunk;
     config.max_model_len = total;
-    const std::unique_ptr<Runner> runner = make_runner(checkpoint_, config);
+    const std::unique_ptr<Runner> runner = make_runner(checkpoint_, config, {});
     const std::int64_t num_blocks = (total + config.block_size - 1) / config.block_size;
     runner->make_kv_cache({.num_layers = checkpoint_.config().num_layers,
                            .num_blocks = num_blocks,

@@ -24,6 +24,10 @@ RunnerInfo CpuRunner::info() const {
           .copied_weight_bytes = model_.weights().copied_bytes};
 }
 
+MemoryUse CpuRunner::memory_use() const {
+  return {.workspace = model_.activation_bytes(), .free = available_memory()};
+}
+
 std::int64_t CpuRunner::kv_cache_budget() const { return available_memory() / 5 * 2; }
 
 void CpuRunner::make_kv_cache(const KvShape& shape) {

@@ -19,6 +19,7 @@ class CpuRunner : public Runner {
             std::int64_t max_draws, std::vector<std::int32_t> eos_token_ids);
 
   RunnerInfo info() const override;
+  MemoryUse memory_use() const override;
   std::int64_t kv_cache_budget() const override;
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return 1; }

@@ -101,6 +101,12 @@ RunnerInfo CudaRunner::info() const {
           .copied_weight_bytes = model_.weights().copied_bytes};
 }
 
+MemoryUse CudaRunner::memory_use() const {
+  return {.workspace =
+              model_.activation_bytes() + static_cast<std::int64_t>(tables_.size()) + kReserveBytes,
+          .free = static_cast<std::int64_t>(cuda::memory_info().free)};
+}
+
 std::int64_t CudaRunner::kv_cache_budget() const {
   const cuda::MemoryInfo memory = cuda::memory_info();
   const auto total = static_cast<double>(memory.total);

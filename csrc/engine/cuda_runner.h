@@ -48,6 +48,7 @@ class CudaRunner : public Runner {
              std::vector<std::int32_t> eos_token_ids);
 
   RunnerInfo info() const override;
+  MemoryUse memory_use() const override;
   std::int64_t kv_cache_budget() const override;
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return kStepsInFlight; }

@@ -11,6 +11,7 @@
 #include "base/host.h"
 #include "base/philox.h"
 #include "engine/make_runner.h"
+#include "engine/memory_table.h"
 
 namespace tinyvllm {
 namespace {
@@ -71,30 +72,18 @@ EngineConfig checked(const EngineConfig& config) {
   return config;
 }
 
-std::int64_t choose_max_model_len(const EngineConfig& config, const ModelConfig& model,
-                                  std::int64_t pool_tokens, std::int64_t bytes_per_token) {
-  const std::int64_t own = model.max_position_embeddings;
-  if (!config.max_model_len) return std::min(own, pool_tokens);
-  const std::int64_t wanted = *config.max_model_len;
-  require(wanted <= own, "max_model_len", wanted,
-          "at most " + std::to_string(own) + ", the model's max_position_embeddings");
-  if (wanted > pool_tokens) {
-    throw CapacityError("max_model_len " + std::to_string(wanted) + " needs " +
-                        gibibytes(wanted * bytes_per_token) + " of KV cache (" +
-                        std::to_string(bytes_per_token) + " bytes a token); the pool holds " +
-                        std::to_string(pool_tokens) + " tokens, " +
-                        gibibytes(pool_tokens * bytes_per_token) + ". Lower max_model_len to " +
-                        std::to_string(pool_tokens) + " or raise kv_cache_memory_bytes.");
-  }
-  return wanted;
-}
-
 // A request without a seed gets one from the engine's seed and its arrival number.
 std::uint64_t derived_seed(std::uint64_t engine_seed, std::uint64_t arrival) {
   const auto words = philox(
       {static_cast<std::uint32_t>(engine_seed), static_cast<std::uint32_t>(engine_seed >> 32)},
       {static_cast<std::uint32_t>(arrival), static_cast<std::uint32_t>(arrival >> 32), 0, 1});
   return (std::uint64_t{words[1]} << 32) | words[0];
+}
+
+// The ids of `tokens` that the model has: files name end tokens that it can never choose.
+std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
+  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
+  return tokens;
 }
 
 bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
@@ -108,11 +97,9 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
       trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
-      runner_(make_runner(checkpoint_, config)),
+      runner_(make_runner(checkpoint_, config, eos_token_ids_)),
       kv_shape_(make_kv_cache()),
-      max_model_len_(choose_max_model_len(config, checkpoint_.config(),
-                                          kv_shape_.num_blocks * kv_shape_.block_size,
-                                          kv_shape_.bytes_per_block() / kv_shape_.block_size)),
+      max_model_len_(choose_max_model_len()),
       prefix_cache_(kv_shape_.num_blocks, config.prefix_hash_mask),
       pool_(kv_shape_.num_blocks, prefix_cache_, trace_.get()),
       scheduler_({.max_num_batched_tokens = config.max_num_batched_tokens,
@@ -147,7 +134,7 @@ KvShape Engine::choose_kv_shape() const {
     throw CapacityError("A KV cache of " + gibibytes(budget) +
                         " does not hold one block: " + std::to_string(bytes_per_block) +
                         " bytes for " + std::to_string(config_.block_size) +
-                        " tokens. Raise kv_cache_memory_bytes, or free memory.");
+                        " tokens. Raise kv_cache_memory_bytes, or free memory." + memory_table());
   }
   shape.num_blocks = config_.kv_cache_memory_bytes
                          ? affordable
@@ -157,8 +144,35 @@ KvShape Engine::choose_kv_shape() const {
 
 KvShape Engine::make_kv_cache() const {
   const KvShape shape = choose_kv_shape();
-  runner_->make_kv_cache(shape);
+  try {
+    runner_->make_kv_cache(shape);
+  } catch (const CapacityError& error) {
+    throw CapacityError(error.what() + memory_table());
+  }
   return shape;
+}
+
+std::string Engine::memory_table() const {
+  return tinyvllm::memory_table(checkpoint_, runner_->info().compute, runner_.get());
+}
+
+std::int64_t Engine::choose_max_model_len() const {
+  const std::int64_t own = checkpoint_.config().max_position_embeddings;
+  const std::int64_t pool_tokens = kv_shape_.num_blocks * kv_shape_.block_size;
+  if (!config_.max_model_len) return std::min(own, pool_tokens);
+  const std::int64_t wanted = *config_.max_model_len;
+  require(wanted <= own, "max_model_len", wanted,
+          "at most " + std::to_string(own) + ", the model's max_position_embeddings");
+  if (wanted > pool_tokens) {
+    const std::int64_t bytes_per_token = kv_shape_.bytes_per_block() / kv_shape_.block_size;
+    throw CapacityError(
+        "max_model_len " + std::to_string(wanted) + " needs " +
+        gibibytes(wanted * bytes_per_token) + " of KV cache (" + std::to_string(bytes_per_token) +
+        " bytes a token); the pool holds " + std::to_string(pool_tokens) + " tokens, " +
+        gibibytes(pool_tokens * bytes_per_token) + ". Lower max_model_len to " +
+        std::to_string(pool_tokens) + " or raise kv_cache_memory_bytes." + memory_table());
+  }
+  return wanted;
 }
 
 void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,

@@ -143,6 +143,8 @@ class Engine {
   void fail(RequestId id, const std::exception_ptr& error, StepOutput& output);
   KvShape choose_kv_shape() const;
   KvShape make_kv_cache() const;
+  std::int64_t choose_max_model_len() const;
+  std::string memory_table() const;
 
   const EngineConfig config_;
   const std::unique_ptr<Trace> trace_;  // null: none

@@ -5,6 +5,7 @@
 
 #include "base/errors.h"
 #include "engine/cpu_runner.h"
+#include "engine/memory_table.h"
 #if defined(TINYVLLM_HAS_CUDA)
 #include "engine/cuda_runner.h"
 #endif
@@ -30,28 +31,22 @@ bool use_cuda(Device device) {
 
 }  // namespace
 
-std::vector<std::int32_t> within_vocabulary(std::vector<std::int32_t> tokens, std::int64_t vocab) {
-  std::erase_if(tokens, [vocab](std::int32_t token) { return token < 0 || token >= vocab; });
-  return tokens;
-}
-
-std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config) {
-  const ModelConfig& model = checkpoint.config();
+std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config,
+                                    std::vector<std::int32_t> eos_token_ids) try {
   const DType compute = compute_dtype(config, checkpoint);
-  std::vector<std::int32_t> eos = within_vocabulary(config.eos_token_ids, model.vocab_size);
 #if defined(TINYVLLM_HAS_CUDA)
   if (use_cuda(config.device)) {
     const CudaOptions options{
         .compute = compute,
         .max_tokens = config.max_num_batched_tokens,
         .max_draws = config.max_num_seqs,
-        .max_model_len = config.max_model_len.value_or(model.max_position_embeddings),
+        .max_model_len = config.max_model_len.value_or(checkpoint.config().max_position_embeddings),
         .block_size = config.block_size,
         .memory_utilization = config.gpu_memory_utilization,
         .eager = config.enforce_eager,
         .batch_invariant = config.batch_invariant,
         .library_directories = config.cuda_library_directories};
-    return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos));
+    return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
   }
 #else
   if (config.device == Device::kCuda) {
@@ -62,7 +57,10 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
 #endif
   return std::make_unique<CpuRunner>(checkpoint, compute, config.num_threads,
                                      config.max_num_batched_tokens, config.max_num_seqs,
-                                     std::move(eos));
+                                     std::move(eos_token_ids));
+} catch (const CapacityError& error) {
+  throw CapacityError(error.what() +
+                      memory_table(checkpoint, compute_dtype(config, checkpoint), nullptr));
 }
 
 }  // namespace tinyvllm

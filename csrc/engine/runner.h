@@ -57,11 +57,19 @@ struct RunnerInfo {
   std::size_t copied_weight_bytes = 0;  // that do not lie in the mapped files
 };
 
+// Bytes of the device that runs the steps.
+struct MemoryUse {
+  std::int64_t workspace;  // for what a step computes, at its largest; without weights and KV cache
+  std::int64_t free;
+};
+
 class Runner {
  public:
   virtual ~Runner() = default;
 
   virtual RunnerInfo info() const = 0;
+
+  virtual MemoryUse memory_use() const = 0;
 
   // Bytes that a KV cache may take where nobody says how many, now that the weights are there.
   virtual std::int64_t kv_cache_budget() const = 0;

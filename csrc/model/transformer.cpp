@@ -40,6 +40,16 @@ Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config,
       logits_(ctx, DType::kFloat32, max_logit_rows, config.vocab_size) {}
 
 template <typename Context>
+std::int64_t Transformer<Context>::activation_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Buffer* buffer : {&residual_, &normalized_, &cos_sin_, &qkv_, &attention_, &gate_up_,
+                               &activated_, &last_residual_, &last_normalized_, &logits_}) {
+    bytes += buffer->bytes();
+  }
+  return bytes;
+}
+
+template <typename Context>
 template <typename Sequences>
 void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv) {
   const auto num_tokens = static_cast<std::int64_t>(batch.tokens.size());

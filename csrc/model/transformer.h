@@ -39,6 +39,9 @@ class Transformer {
   const ModelConfig& config() const { return config_; }
   const Weights& weights() const { return weights_; }
 
+  // The size of that memory.
+  std::int64_t activation_bytes() const;
+
   // Runs all layers over the batch and writes the K and V of its tokens to `kv`. One batch at a
   // time.
   template <typename Sequences>
@@ -59,6 +62,9 @@ class Transformer {
     Memory memory;
     MutTensorView view;
     Buffer(const Context& ctx, DType dtype, std::int64_t rows, std::int64_t cols);
+    std::int64_t bytes() const {
+      return view.rows * view.cols * static_cast<std::int64_t>(size_of(view.dtype));
+    }
   };
 
   const Context& ctx_;

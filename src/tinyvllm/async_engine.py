@@ -202,7 +202,7 @@ class _Streams:
             stream = self._by_request[request.id]
             if request.finished:
                 del self._by_request[request.id]
-            news.append(_News(stream, request.take_deltas(), request.error))
+            news.append(_News(stream, list(request.take_deltas()), request.error))
         for stream in _send(news):
             self.abort(stream)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -127,18 +128,17 @@ class LLM(TextEngine):
             raise
         return requests
 
-    def _run(self, requests: list[ActiveRequest]) -> Iterator[list[RequestDelta]]:
+    def _run(self, requests: list[ActiveRequest]) -> Iterator[Iterator[RequestDelta]]:
         """Steps the engine until these requests have ended; others that are queued advance, too."""
         unfinished = requests
         try:
             while unfinished:
                 if not any(request.finished for request in unfinished):  # by somebody else's steps
                     self.step()
-                deltas = [delta for request in unfinished for delta in request.take_deltas()]
+                deltas = chain.from_iterable(request.take_deltas() for request in unfinished)
                 errors = [request.error for request in unfinished if request.error is not None]
                 unfinished = [request for request in unfinished if not request.finished]
-                if deltas:
-                    yield deltas
+                yield deltas
                 if errors:
                     raise errors[0]
         finally:

@@ -17,11 +17,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -196,6 +194,8 @@ def _download(repo: str, revision: str, cache: Path, folder: Path, quiet: bool) 
 @contextlib.contextmanager
 def _hub_output(quiet: bool) -> Iterator[None]:
     """huggingface_hub's progress bars only on a terminal; with `quiet` not its warnings either."""
+    import logging
+
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -219,6 +219,8 @@ def _hub_output(quiet: bool) -> Iterator[None]:
 
 def _explain(error: BaseException, repo: str, revision: str, cache: Path) -> str:
     """One line for whatever huggingface_hub raised: what failed, and what to try."""
+    import shutil
+
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tinyvllm.detokenizer import IncrementalDetokenizer
@@ -46,6 +46,8 @@ class ActiveRequest:
         self._tokenizer = tokenizer
         self._outputs = [_Output(params, tokenizer, incremental) for _ in range(params.n)]
         self._deltas: list[RequestDelta] = []
+        # (output, last token, reason) of ends whose text waits for the tokenizer.
+        self._ends: list[tuple[int, int, str]] = []
         self._num_cached_tokens: int | None = None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None and len(prompt.token_ids) == 1:
@@ -66,7 +68,10 @@ class ActiveRequest:
             if logprobs is not None:
                 delta.logprobs = [_logprobs(self._tokenizer.result(), token, logprobs)]
         if finish is not None:
-            output.finish(delta, token, finish)
+            if output.can_wait:
+                self._ends.append((sample, token, finish))
+            else:
+                output.finish(delta, token, finish)
         if delta.text or delta.token_ids or delta.finish_reason:
             self._deltas.append(delta)
         return finish is None and output.stopped
@@ -88,10 +93,17 @@ class ActiveRequest:
         self.error = error
         self._num_cached_tokens = num_cached_tokens
 
-    def take_deltas(self) -> list[RequestDelta]:
-        """What has come since the last call."""
+    def take_deltas(self) -> Iterator[RequestDelta]:
+        """What has come since the last call. A deferred tokenizer is loaded when the first delta
+        that needs it is taken: the tokens before it are out by then.
+        """
         deltas, self._deltas = self._deltas, []
-        return deltas
+        ends, self._ends = self._ends, []
+        yield from deltas
+        for sample, token, finish in ends:
+            delta = RequestDelta(self._prompt_index, index=sample, text="")
+            self._outputs[sample].finish(delta, token, finish)
+            yield delta
 
     def new_output(self, request_id: str | None = None) -> RequestOutput:
         """An output to which nothing has been added yet."""
@@ -113,7 +125,8 @@ class _Output:
 
     They are decoded as they come only where somebody waits for the text or a stop string must be
     found; else once, at the end. Both give the same text. Where the tokenizer is deferred, the
-    first token does not wait for it, unless a stop string must be found.
+    first token does not wait for it, unless a stop string must be found; a text that has only this
+    token follows in a delta of its own.
     """
 
     def __init__(
@@ -130,14 +143,18 @@ class _Output:
         """A stop string was found; tokens that still come, from a step in flight, are dropped."""
         return self._detokenizer is not None and self._detokenizer.stop_reason is not None
 
+    @property
+    def can_wait(self) -> bool:
+        """Nobody needs text before the tokenizer is loaded."""
+        return not self._tokenizer.is_loaded and not self._params.stop_strings
+
     def push(self, token: int, finish: str | None) -> str:
         """Takes a token and returns the text that is certain now."""
         if finish == "stop" and not self._params.include_stop_str_in_output:
             return ""  # the token that ends an output is no part of its text, as in vLLM
         self._token_ids.append(token)
-        is_first = len(self._token_ids) == 1 and self._detokenizer is None
-        can_wait = is_first and not self._tokenizer.is_loaded and not self._params.stop_strings
-        if can_wait or not self._incremental:
+        is_first = len(self._token_ids) == 1
+        if (is_first and self.can_wait) or not self._incremental:
             return ""
         return self._decode_waiting()
 

@@ -307,9 +307,6 @@ def _random_seed() -> int:
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    import difflib
-    import inspect
-
     for name, value in arguments.items():
         if name in _NEUTRAL:
             if value != _NEUTRAL[name]:
@@ -317,6 +314,9 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
                     f"{name} is {value!r}; only {_NEUTRAL[name]!r} is supported. Leave it out."
                 )
             continue
+        import difflib
+        import inspect
+
         known = [*inspect.signature(TextEngine).parameters, *_NEUTRAL]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise TypeError(f"There is no argument '{name}'; the nearest is '{nearest}'.")

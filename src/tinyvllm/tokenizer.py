@@ -14,10 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import tokenizers
-from tokenizers import AddedToken
+from typing import TYPE_CHECKING, Any
 
 from tinyvllm.chat_template import ChatTemplate, Message
 from tinyvllm.errors import (
@@ -26,6 +23,9 @@ from tinyvllm.errors import (
     TinyvllmError,
     UnsupportedModelError,
 )
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json in use has about 35 MB
 _METASPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -289,6 +289,8 @@ def _load(path: Path, text: str) -> tokenizers.Tokenizer:
     key = '"continuing_subword_prefix"'
     if any(re.match(r'\s*:\s*"[^"]', rest) for rest in text.split(key)[1:]):
         raise UnsupportedModelError(f"{path}: {key} is set. Use a model with a BPE tokenizer.")
+    import tokenizers  # not before: a prompt of ids gets its first token without
+
     return tokenizers.Tokenizer.from_str(text)
 
 
@@ -329,8 +331,10 @@ def _with_llama_spaces(path: Path, text: str, config: Mapping[str, Any]) -> str:
         return json.dumps(spec)
 
 
-def _added_token(value: Any) -> AddedToken:
+def _added_token(value: Any) -> tokenizers.AddedToken:
     """A token as the JSON files write it: its text, or an object with its text and flags."""
+    from tokenizers import AddedToken
+
     if isinstance(value, str):
         return AddedToken(value, special=True)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -1,6 +1,7 @@
 """The command line: `tinyvllm COMMAND ...`. Commands are loaded when they are called.
 
-stdout carries the answer and nothing else. What goes wrong is one line on stderr and an exit code:
+stdout carries the answer and nothing else. What goes wrong is one line on stderr, with a table
+below it where a model does not fit, and an exit code:
 
     0 done                         4 it will not fit
     1 failed while running         5 no such device
@@ -15,11 +16,14 @@ import sys
 import traceback
 from importlib import import_module
 
-import click
-from click.shell_completion import CompletionItem
+from tinyvllm.cli.startup import importing
 
-from tinyvllm.cli.terminal import Stopped, handle_signals
-from tinyvllm.errors import TinyvllmError
+with importing():
+    import click
+    from click.shell_completion import CompletionItem
+
+    from tinyvllm.cli.terminal import Stopped, handle_signals
+    from tinyvllm.errors import TinyvllmError
 
 # Title -> command -> what it does. `run-batch` is `command` in the module run_batch, and so on.
 _GROUPS = {
@@ -46,7 +50,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        module = import_module(f"tinyvllm.cli.{name.replace('-', '_')}")
+        with importing():
+            module = import_module(f"tinyvllm.cli.{name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

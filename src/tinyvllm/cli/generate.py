@@ -18,6 +18,7 @@ from tinyvllm.cli.model_options import (
     sampling_params,
 )
 from tinyvllm.cli.options import Command, TokenIds, option
+from tinyvllm.cli.startup import importing
 from tinyvllm.cli.terminal import Output, Stopped, read_file, read_stdin
 from tinyvllm.errors import InvalidRequestError
 
@@ -128,7 +129,8 @@ def command(**options: Any) -> None:
     texts = _read_texts(options)  # before the model is loaded: what is wrong here is wrong at once
     output = Output()
 
-    from tinyvllm.cli.report import Report, note
+    with importing():
+        from tinyvllm.cli.report import Report, note
 
     quiet = options["quiet"]
     with open_llm(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tinyvllm.cli import startup
 from tinyvllm.cli.terminal import Output, hold_signals, printable
 from tinyvllm.llm import LLM
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, best_logprobs
@@ -96,7 +96,7 @@ class Report:
             self._last_token_at = time.perf_counter()
             if self._first_token_at is None:
                 self._first_token_at = self._last_token_at
-                self._first_token_age = _process_age()
+                self._first_token_age = startup.process_age()
         if self._jsonl:
             if delta.finish_reason:
                 self._write_json(
@@ -157,7 +157,7 @@ class Report:
                 "completion_tokens": output_tokens,
                 "total_tokens": prompt_tokens + output_tokens,
             },
-            "stats": {**self._llm.stats(), **self._times()},
+            "stats": {**self._llm.stats(), **self._times(), "start_seconds": startup.seconds},
         }
 
     def _result(self, index: int) -> dict[str, Any]:
@@ -181,8 +181,8 @@ class Report:
 
     def stats(self) -> list[str]:
         info, times = self._llm.stats(), self._times()
-        load_seconds = self._llm.load_seconds()
-        load = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in load_seconds.items())
+        parts = {**startup.seconds, **self._llm.load_seconds()}
+        start = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
         sampling = ", ".join(
             f"{name} {_plain(getattr(self._sampling, name))!s} ({origin})"
             for name, origin in self._origins.items()
@@ -192,7 +192,7 @@ class Report:
             f"{self._model}: {info['dtype']}, {info['device']} {info['isa']}, "
             f"{info['num_threads']} threads; KV cache of {info['kv_cache_tokens']} tokens; "
             f"prompts: {' and '.join(sorted(modes))}",
-            f"load: {load}",
+            f"start: {start}",
             f"sampling: {sampling or 'defaults'}; seed {self._llm.seed}",
         ]
         if times["first_token_seconds"] is not None:
@@ -252,13 +252,3 @@ def _logprob(token: int, entry: Logprob) -> dict[str, Any]:
         "logprob": entry.logprob,
         "rank": entry.rank,
     }
-
-
-def _process_age() -> float | None:
-    """Seconds since this process began; None where the system does not tell."""
-    try:
-        with open("/proc/self/stat", encoding="ascii") as file:  # noqa: PTH123
-            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
