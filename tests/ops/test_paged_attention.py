@@ -212,6 +212,17 @@ def test_scores_may_be_far_apart_and_far_from_zero(device: Any, rng: np.random.G
     assert relative_error(got, context.attention(1.0)) < 1e-6
 
 
+@pytest.mark.parametrize("rise", [0.5, 3.0, 4.5])  # sums are scaled down past ln(2^6) = 4.2
+def test_scores_may_rise_from_tile_to_tile(
+    device: Any, rng: np.random.Generator, rise: float
+) -> None:
+    context = Context.random(rng, 6 * TILE, 2, 2, 1, 16)
+    context.q[..., 0] = 1
+    context.k[..., 0] = rise * (np.arange(6 * TILE) // TILE)[:, None]
+    want = context.attention(1.0)
+    assert relative_error(attend(device, [context], 1.0), want) < 1e-6
+
+
 def test_each_softmax_weight_is_right_down_to_the_end_of_float32(device: Any) -> None:
     # Scores 0, -1, ... -127 and one-hot values: the output is the weights themselves.
     steps = np.arange(128.0)

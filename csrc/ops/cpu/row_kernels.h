@@ -59,7 +59,11 @@ TINYVLLM_INLINE Float silu(Float x) { return x < -88.0f ? x * 0.0f : x / (exp(-x
 template <typename Out>
 void silu_mul(const float* gate, const float* up, std::int64_t size, Out* out) {
   std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+  for (; i + kLanes <= size; i += kLanes) {
+    __builtin_prefetch(gate + i + 256);  // many rows come from the L3 cache or from memory
+    __builtin_prefetch(up + i + 256);
+    store(out + i, silu(load(gate + i)) * load(up + i));
+  }
   if (i < size) {
     store_partial(out + i, silu(load_partial(gate + i, size - i)) * load_partial(up + i, size - i),
                   size - i);

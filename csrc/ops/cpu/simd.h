@@ -48,9 +48,14 @@ TINYVLLM_INLINE Float load(const BFloat16* p) {
 
 TINYVLLM_INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// to_bfloat16 of base/bfloat16.h for each lane. (vcvtneps2bf16 would make zeros of what is below
-// the smallest normal number.)
+// to_bfloat16 of base/bfloat16.h for each lane.
 TINYVLLM_INLINE UShort to_bfloat16(Float v) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // vcvtneps2bf16 would make zeros of them
+  if (_mm512_fpclass_ps_mask(v, kSubnormal) == 0) [[likely]] {
+    return reinterpret_cast<UShort>(_mm512_cvtneps_pbh(v));
+  }
+#endif
   const auto bits = reinterpret_cast<UInt>(v);
   const UInt high = bits >> 16;
   const UInt rounded = (bits + (high & 1u) + 0x7fffu) >> 16;
