@@ -167,7 +167,8 @@ std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::i
   const auto ones = [](std::int64_t size) {
     return std::vector<BFloat16>(static_cast<std::size_t>(size), to_bfloat16(1.0f));
   };
-  std::vector<BFloat16> x = ones(rows * depth), weights = ones(copies * outputs * depth);
+  const std::int64_t x_stride = ctx.operand_stride(DType::kBFloat16, depth);
+  std::vector<BFloat16> x = ones(rows * x_stride), weights = ones(copies * outputs * depth);
   std::vector<float> out(static_cast<std::size_t>(rows * outputs));
   std::vector<double> seconds;
   for (std::int64_t round = -1; round < rounds; ++round) {
@@ -176,7 +177,7 @@ std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::i
       Weight weight;
       weight.blocks[0] = {weights.data() + copy * outputs * depth, outputs, nullptr};
       weight.depth = depth;
-      matmul(ctx, {x.data(), DType::kBFloat16, rows, depth, depth}, weight,
+      matmul(ctx, {x.data(), DType::kBFloat16, rows, depth, x_stride}, weight,
              {out.data(), DType::kFloat32, rows, outputs, outputs});
     }
     const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
