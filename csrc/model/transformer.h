@@ -73,16 +73,16 @@ class Transformer {
   const ModelConfig config_;
   const Weights weights_;
 
-  Buffer residual_;         // [max_tokens, hidden]                               float32
-  Operand normalized_;      // [max_tokens, hidden]                               compute
-  Buffer cos_sin_;          // [max_tokens, head_dim]                             float32
-  Buffer qkv_;              // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  product
-  Operand attention_;       // [max_tokens, num_heads * head_dim]                 compute
-  Buffer gate_up_;          // [max_tokens, 2 intermediate]                       product
-  Operand activated_;       // [max_tokens, intermediate]                         compute
-  Buffer last_residual_;    // [max_logit_rows, hidden]                           float32
-  Operand last_normalized_; // [max_logit_rows, hidden]                           compute
-  Buffer logits_;           // [max_logit_rows, vocab]                            float32
+  Buffer residual_;          // [max_tokens, hidden]                               float32
+  Operand normalized_;       // [max_tokens, hidden]                               compute
+  Buffer cos_sin_;           // [max_tokens, head_dim]                             float32
+  Buffer qkv_;               // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  product
+  Operand attention_;        // [max_tokens, num_heads * head_dim]                 compute
+  Buffer gate_up_;           // [max_tokens, 2 intermediate]                       product
+  Operand activated_;        // [max_tokens, intermediate]                         compute
+  Buffer last_residual_;     // [max_logit_rows, hidden]                           float32
+  Operand last_normalized_;  // [max_logit_rows, hidden]                           compute
+  Buffer logits_;            // [max_logit_rows, vocab]                            float32
 };
 
 }  // namespace tinyvllm
