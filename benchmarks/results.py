@@ -13,7 +13,8 @@ one. Every row stands for itself:
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
-    limit           the value that these limits allow (roofline.py), the median over rounds, or null
+    limit           the value that these limits allow (tinyvllm.model_cost), the median over
+                    rounds, or null
     peers           one object a peer:
       peer, version   as the adapter says
       missing         why it did not run, in which case nothing follows
@@ -136,17 +137,11 @@ def to_markdown(rows: list[Json]) -> str:
         {peer["version"] for row in rows for peer in row["peers"] if "version" in peer}
     )
     machines = sorted({_machine_line(row) for row in rows})
-    reads = [value for row in rows for value in row["limits"]["read_bandwidth_bytes_per_second"]]
-    rates = [value for row in rows for value in row["limits"]["bf16_flops_per_second"]]
     lines += ["", "A figure without a unit is tokens a second. A ratio says how many times better "]
     lines[-1] += "tinyvllm is than that peer in the same rounds; the last column is the least of "
     lines[-1] += "them. The limit is what the machine allows, measured in the same rounds"
-    if reads:
-        lines[-1] += (
-            f": it read {min(reads) / 1e9:.0f} to {max(reads) / 1e9:.0f} GB/s and multiplied "
-            f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s"
-        )
-    lines[-1] += "."
+    limits = _limits_line(rows)
+    lines[-1] += f": it {limits}." if limits else "."
     lines += ["", *(f"- {line}" for line in machines), *(f"- {version}" for version in versions)]
     lines += [f"- {row['row']}: {note}" for row in rows for note in _notes(row)]
     return "\n".join(lines) + "\n"
@@ -158,6 +153,33 @@ def best_ratio(row: Json) -> float | None:
     return min(ratios, default=None)
 
 
+def _limits_line(rows: list[Json]) -> str:
+    reads = [value for row in rows for value in row["limits"]["read_bandwidth_bytes_per_second"]]
+    rates = [value for row in rows for value in row["limits"]["bf16_flops_per_second"]]
+    if not reads:
+        return ""
+    return (
+        f"read {min(reads) / 1e9:.0f} to {max(reads) / 1e9:.0f} GB/s and multiplied "
+        f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s"
+    )
+
+
+def measured_where(rows: list[Json]) -> str:
+    """The caption of a plot: model, machine and limits."""
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{row['machine']['cpu']}, {row['machine']['num_threads']} threads" for row in rows
+        )
+    )
+    rounds = max(len(peer.get("values", [])) for row in rows for peer in row["peers"])
+    return (
+        f"Random weights in the shape of {models}, bfloat16; {machines}. Bars are medians of "
+        f"{rounds} rounds, thin lines go from the least to the most. The strip behind a bar is "
+        f"what the machine allows: in these rounds it {_limits_line(rows)}."
+    )
+
+
 def _cell(peer: Json, unit: str) -> str:
     if "missing" in peer:
         return "did not run"
@@ -165,6 +187,20 @@ def _cell(peer: Json, unit: str) -> str:
         return "refused"
     text = shown(peer["median"], unit)
     return text if peer.get("ratio") is None else f"{text} ({peer['ratio']:.2f}x)"
+
+
+def _agreement_line(row: Json) -> str:
+    """What was checked: tokens counted, and greedy ones compared."""
+    peers = [peer for peer in row["peers"] if peer.get("agreement")]
+    same = ", ".join(
+        f"{peer['peer']} {peer['agreement']['identical']} of {peer['agreement']['sequences']}"
+        for peer in peers
+    )
+    gap = max(peer["agreement"]["largest_gap"] for peer in peers)
+    first = f"; the others part at a near tie, of {gap:.2f} nats at the most" if gap else ""
+    count = row["peers"][0]["tokens"]["output"]
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return f"{tokens} from each engine; sequences with the very same: {same}{first}"
 
 
 def _machine_line(row: Json) -> str:
@@ -177,6 +213,8 @@ def _machine_line(row: Json) -> str:
 
 def _notes(row: Json) -> list[str]:
     notes = []
+    if any(peer.get("agreement") for peer in row["peers"]):
+        notes.append(_agreement_line(row))
     for peer in row["peers"]:
         if "missing" in peer:
             notes.append(f"{peer['peer']} did not run: {peer['missing']}")

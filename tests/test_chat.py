@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.conversation import Conversation
-from tinyvllm.cli.terminal import printable
+from tinyvllm.cli.terminal import Stopped, printable
 from tinyvllm.cli.word_wrap import WordWrap
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
@@ -371,6 +372,19 @@ def test_sigterm_ends_it_with_the_terminal_as_it_was(
     assert code == 143
     assert "Traceback" not in shown
     assert chat.is_as_before
+
+
+def test_a_signal_is_not_lost_in_a_callback_of_the_line_editors_event_loop() -> None:
+    def callback() -> None:
+        raise Stopped(143)
+
+    async def prompt() -> None:
+        asyncio.get_running_loop().call_soon(callback)
+        await asyncio.sleep(1)
+
+    with pytest.raises(Stopped) as stopped:
+        asyncio.run(prompt())
+    assert stopped.value.exit_code == 143
 
 
 def test_stats_show_that_a_turn_pays_only_for_its_new_tokens(

@@ -93,9 +93,7 @@ py::list cuda_sample(const CudaContext& ctx, const py::array_t<float>& logits,
     request.params = params;
     request.seed = seed;
     request.num_prompt_tokens = prompt.size();
-    Sequence sequence;
-    sequence.request = &request;
-    sequence.tokens = prompt;
+    Sequence sequence(request, prompt);
     sequence.tokens.insert(sequence.tokens.end(), output.begin(), output.end());
     for (const std::int32_t token : output) ++sequence.output_counts[token];
     sample_rows.push_back(sample_row(sequence, sample_index, logits_row));

@@ -82,32 +82,36 @@ py::tuple logprobs_tuple(const TokenLogprobs& logprobs) {
                         logprobs.top_logprobs);
 }
 
-py::object optional_logprobs(const std::optional<TokenLogprobs>& logprobs) {
+py::object optional_logprobs(const std::unique_ptr<TokenLogprobs>& logprobs) {
   if (!logprobs) return py::none();
   return logprobs_tuple(*logprobs);
 }
 
+// A property of StepOutput: a list with value(event) of each event.
+template <typename F>
+auto list_of_events(F value) {
+  return [value](const StepOutput& output) {
+    py::list list(output.events.size());
+    for (std::size_t i = 0; i < output.events.size(); ++i) list[i] = value(output.events[i]);
+    return list;
+  };
+}
+
 void bind_step_output(py::module_& module) {
+  using Event = StepOutput::Event;
   py::class_<StepOutput>(module, "StepOutput",
                          "Events of one step, as parallel lists with an entry an event.")
-      .def_readonly("request", &StepOutput::request, "Request ids.")
-      .def_readonly("sample", &StepOutput::sample, "Which of the request's outputs.")
-      .def_readonly("token", &StepOutput::token, "The new token, or -1 for an end without one.")
+      .def_property_readonly("request", list_of_events([](const Event& e) { return e.request; }),
+                             "Request ids.")
+      .def_property_readonly("sample", list_of_events([](const Event& e) { return e.sample; }),
+                             "Which of the request's outputs.")
+      .def_property_readonly("token", list_of_events([](const Event& e) { return e.token; }),
+                             "The new token, or -1 for an end without one.")
+      .def_property_readonly("finish",
+                             list_of_events([](const Event& e) { return name_of(e.finish); }),
+                             "None, or stop, length, abort, error.")
       .def_property_readonly(
-          "finish",
-          [](const StepOutput& output) {
-            py::list names;
-            for (const FinishReason reason : output.finish) names.append(name_of(reason));
-            return names;
-          },
-          "None, or stop, length, abort, error.")
-      .def_property_readonly(
-          "logprobs",
-          [](const StepOutput& output) {
-            py::list entries;
-            for (const auto& entry : output.logprobs) entries.append(optional_logprobs(entry));
-            return entries;
-          },
+          "logprobs", list_of_events([](const Event& e) { return optional_logprobs(e.logprobs); }),
           "None, or (logprob of the token, its rank, best ids, their logprobs).")
       .def_property_readonly(
           "ended",
@@ -312,9 +316,7 @@ class Model {
       throw InvalidRequestError("Give tokens and a chunk size >= 0.");
     Request request;
     request.num_prompt_tokens = static_cast<std::size_t>(total);
-    Sequence sequence;
-    sequence.request = &request;
-    sequence.tokens.assign(token_ids.data(), token_ids.data() + total);
+    Sequence sequence(request, {token_ids.data(), token_ids.data() + total});
     for (const std::int32_t token : sequence.tokens) {
       if (token < 0 || token >= vocab)
         throw InvalidRequestError("A token id is not in the vocabulary.");
@@ -422,9 +424,7 @@ void bind_parts(py::module_& module) {
         request.params = params;
         request.seed = params.seed.value_or(seed);
         request.num_prompt_tokens = prompt.size();
-        Sequence sequence;
-        sequence.request = &request;
-        sequence.tokens = prompt;
+        Sequence sequence(request, prompt);
         sequence.tokens.insert(sequence.tokens.end(), output.begin(), output.end());
         for (const std::int32_t token : output) ++sequence.output_counts[token];
         params.validate_for(static_cast<std::int64_t>(logits.size()));
@@ -435,8 +435,9 @@ void bind_parts(py::module_& module) {
             }
           }
         }
+        Sampler::Workspace workspace;
         const Sample sample =
-            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits);
+            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits, workspace);
         return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
       },
       "params"_a, "logits"_a, "prompt"_a, "output"_a, "seed"_a = 0,

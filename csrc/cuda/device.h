@@ -79,6 +79,11 @@ __device__ inline uint4 load_streaming(const void* address, bool valid) {
   return v;
 }
 
+// Asks for the 128 bytes around an address, of which some will be read soon.
+__device__ inline void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // --- bfloat16 ----------------------------------------------------------------------------------------
 
 // Two floats rounded to bfloat16, the first one in the low half.

@@ -13,7 +13,8 @@ CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, int num_thread
     : ctx_(num_threads),
       model_(ctx_, checkpoint.config(), load_weights(ctx_, checkpoint, compute), max_tokens,
              std::max(max_draws, kPromptLogprobRows)),
-      sampler_(std::move(eos_token_ids)) {}
+      sampler_(std::move(eos_token_ids)),
+      sampler_workspaces_(static_cast<std::size_t>(ctx_.num_threads())) {}
 
 RunnerInfo CpuRunner::info() const {
   return {.device = "cpu",
@@ -30,17 +31,15 @@ void CpuRunner::make_kv_cache(const KvShape& shape) {
 }
 
 void CpuRunner::launch(const StepPlan& plan) {
-  result_ = {};
   copy_blocks(ctx_, *kv_cache_, plan.copies);
   forward(plan);
   draw(plan.draws);
+  result_.prompt_logprobs.clear();
   for (std::size_t first = 0; first < plan.prompt_rows.size(); first += kPromptLogprobRows) {
     const std::span<const PromptRow> rest = std::span(plan.prompt_rows).subspan(first);
     find_prompt_logprobs(rest.first(std::min<std::size_t>(rest.size(), kPromptLogprobRows)));
   }
 }
-
-StepResult CpuRunner::collect() { return std::move(result_); }
 
 void CpuRunner::forward(const StepPlan& plan) {
   tokens_.clear();
@@ -72,17 +71,18 @@ void CpuRunner::draw(const std::vector<Draw>& draws) {
     if (rows_.empty() || rows_.back() != draw.row) rows_.push_back(draw.row);
   }
   result_.samples.resize(draws.size());
-  result_.errors.resize(draws.size());
+  result_.errors.assign(draws.size(), nullptr);
   if (rows_.empty()) return;
   const MutTensorView logits = model_.logits(rows_);
-  ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int) {
+  ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int worker) {
     const auto index = static_cast<std::size_t>(i);
     const Draw& draw = draws[index];
     const auto row = std::lower_bound(rows_.begin(), rows_.end(), draw.row) - rows_.begin();
     try {
       result_.samples[index] =
           sampler_.sample(*draw.sequence, draw.sample,
-                          {logits.row<float>(row), static_cast<std::size_t>(logits.cols)});
+                          {logits.row<float>(row), static_cast<std::size_t>(logits.cols)},
+                          sampler_workspaces_[static_cast<std::size_t>(worker)]);
     } catch (...) {
       result_.errors[index] = std::current_exception();
     }

@@ -23,7 +23,7 @@ class CpuRunner : public Runner {
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return 1; }
   void launch(const StepPlan& plan) override;
-  StepResult collect() override;
+  StepResult& collect() override { return result_; }
   void copy_logits(std::span<const std::int32_t> rows, float* out) override;
   void abandon() override {}
 
@@ -36,9 +36,11 @@ class CpuRunner : public Runner {
   Transformer<CpuContext> model_;
   const Sampler sampler_;
   std::optional<KvCache> kv_cache_;
-  StepResult result_;
 
-  // The batch, kept so that a step allocates nothing.
+  // Kept, as what the model and the ops work in is, so that a step allocates nothing once there was
+  // one as large: tests/test_allocations.py.
+  StepResult result_;
+  std::vector<Sampler::Workspace> sampler_workspaces_;  // of each thread
   std::vector<std::int32_t> tokens_, positions_, rows_;
   std::vector<std::int64_t> slots_;
   std::vector<BatchSequence> sequences_;

@@ -1,6 +1,7 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
+#include <memory>
 #include <set>
 #include <utility>
 
@@ -8,6 +9,7 @@
 #include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
+#include "ops/host_copy.h"
 #include "ops/paged_attention.h"
 
 namespace tinyvllm {
@@ -72,10 +74,10 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::max(options.max_tokens, padded(options.max_draws)),
              std::max(padded(options.max_draws), kPromptLogprobRows)),
       max_blocks_((options.max_model_len + options.block_size - 1) / options.block_size),
-      step_inputs_(max_step_bytes(), "the arrays of a step"),
-      copy_inputs_(4096, "copies of blocks"),
-      edit_inputs_(4096, "changes of logits"),
-      prompt_inputs_(4096, "logprobs of prompts"),
+      step_inputs_(copies_, max_step_bytes(), "the arrays of a step"),
+      copy_inputs_(copies_, 4096, "copies of blocks"),
+      edit_inputs_(copies_, 4096, "changes of logits"),
+      prompt_inputs_(copies_, 4096, "logprobs of prompts"),
       tables_(
           static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) * sizeof(std::int32_t),
           "the block tables"),
@@ -88,6 +90,7 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
        sample_workspace_bytes(padded(options.max_draws))}));
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx_, tables_.data(), 0, tables_.size());
+  cuda::fill_bytes(ctx_, results_.data(), 0, results_.size());  // padded rows draw nothing
 }
 
 RunnerInfo CudaRunner::info() const {
@@ -150,7 +153,7 @@ void CudaRunner::launch(const StepPlan& plan) {
     compute(step);
     draw(step.draws);
   }
-  fetch_draws(step.draws);
+  if (step.draws.any_logprobs) fetch_logprobs();
   find_prompt_logprobs(plan, in_flight);
   in_flight.done.record(ctx_.stream());
   ++num_launched_;
@@ -278,6 +281,7 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
   const SampleBatch sample_batch =
       send_draws(plan, draws, pad ? num_decodes : std::ssize(plan.draws), in_flight);
   in.send(ctx_);
+  in_flight.num_draws = sample_batch.num_rows;
   const auto rows = static_cast<std::size_t>(num_rows);
   return {.batch = {.tokens = {tokens.device, rows},
                     .positions = {positions.device, rows},
@@ -317,13 +321,14 @@ void CudaRunner::compute_as_graph(const DeviceStep& step) {
   const auto size = static_cast<std::int64_t>(step.batch.tokens.size());
   const bool draws_inside =
       !step.draws.any_filter && !step.draws.any_logprobs && step.draws.num_edits == 0;
-  auto graph = graphs_.find({size, draws_inside});
+  const GraphKey key{size, num_launched_ % kStepsInFlight, draws_inside};
+  auto graph = graphs_.find(key);
   if (graph == graphs_.end()) {
     const auto record = [&] {
       compute(step);
       if (draws_inside) draw(step.draws);
     };
-    graph = graphs_.try_emplace({size, draws_inside}, ctx_, record).first;
+    graph = graphs_.try_emplace(key, ctx_, record).first;
   }
   graph->second.replay(ctx_);
   logits_ = model_.logits_view(size);
@@ -393,25 +398,23 @@ SampleBatch CudaRunner::send_draws(const StepPlan& plan, StepInputs::Array<Sampl
   return batch;
 }
 
+// The tokens stay where the next step finds them, and go to the host.
 void CudaRunner::draw(const SampleBatch& draws) {
   if (draws.num_rows == 0) return;
-  std::int32_t* errors = device_tokens() + padded(options_.max_draws);
+  std::int32_t* errors = device_tokens() + draws.num_rows;
   sample(ctx_, logits_, draws,
          {.tokens = device_tokens(),
           .errors = reinterpret_cast<SampleError*>(errors),
           .logprobs = draws.any_logprobs
                           ? logprobs_at(draw_logprobs_.device.data(), draw_logprobs_.rows)
                           : LogprobOutputs{}});
+  push_to_host(ctx_, results_.data(), host_results_[num_launched_ % kStepsInFlight].data(),
+               static_cast<std::size_t>(draws.num_rows) * 2 * sizeof(std::int32_t));
 }
 
-void CudaRunner::fetch_draws(const SampleBatch& draws) {
-  if (draws.num_rows == 0) return;
-  const std::size_t slot = num_launched_ % kStepsInFlight;
-  cuda::copy_to_host(ctx_, host_results_[slot].data(), results_.data(), results_.size());
-  if (draws.any_logprobs) {
-    cuda::copy_to_host(ctx_, draw_logprobs_.host[slot].data(), draw_logprobs_.device.data(),
-                       draw_logprobs_.device.size());
-  }
+void CudaRunner::fetch_logprobs() {
+  cuda::copy_to_host(ctx_, draw_logprobs_.host[num_launched_ % kStepsInFlight].data(),
+                     draw_logprobs_.device.data(), draw_logprobs_.device.size());
 }
 
 void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
@@ -459,38 +462,38 @@ void CudaRunner::make_room(LogprobBuffers& buffers, std::int64_t rows) {
   }
 }
 
-StepResult CudaRunner::collect() {
+StepResult& CudaRunner::collect() {
   ctx_.activate();
   const std::size_t slot = num_collected_ % kStepsInFlight;
   const InFlight& step = in_flight_[slot];
   step.done.synchronize();
   ++num_collected_;
 
-  StepResult result;
   const auto* tokens = host_results_[slot].as<std::int32_t>();
-  const auto* errors = reinterpret_cast<const SampleError*>(tokens + padded(options_.max_draws));
-  result.samples.resize(step.origins.size());
-  result.errors.resize(step.origins.size());
+  const auto* errors = reinterpret_cast<const SampleError*>(tokens + step.num_draws);
+  result_.samples.resize(step.origins.size());
+  result_.errors.assign(step.origins.size(), nullptr);
   for (std::size_t i = 0; i < step.origins.size(); ++i) {
     if (errors[i] != SampleError::kNone) {
       const DrawOrigin& origin = step.origins[i];
-      result.errors[i] = std::make_exception_ptr(
+      result_.errors[i] = std::make_exception_ptr(
           Error(errors[i] == SampleError::kNoToken ? origin.no_token() : origin.not_finite()));
       continue;
     }
-    result.samples[i].token = tokens[i];
+    result_.samples[i] = {.token = tokens[i], .logprobs = nullptr};
     if (step.num_logprobs[i] >= 0) {
-      result.samples[i].logprobs =
+      result_.samples[i].logprobs = std::make_unique<TokenLogprobs>(
           read_logprobs(logprobs_at(draw_logprobs_.host[slot].data(), draw_logprobs_.rows),
-                        static_cast<std::int64_t>(i), step.num_logprobs[i]);
+                        static_cast<std::int64_t>(i), step.num_logprobs[i]));
     }
   }
+  result_.prompt_logprobs.clear();
   for (std::size_t i = 0; i < step.num_of_prompts.size(); ++i) {
-    result.prompt_logprobs.push_back(
+    result_.prompt_logprobs.push_back(
         read_logprobs(logprobs_at(prompt_logprobs_.host[slot].data(), prompt_logprobs_.rows),
                       static_cast<std::int64_t>(i), step.num_of_prompts[i]));
   }
-  return result;
+  return result_;
 }
 
 void CudaRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {

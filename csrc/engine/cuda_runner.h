@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -51,7 +52,7 @@ class CudaRunner : public Runner {
   void make_kv_cache(const KvShape& shape) override;
   std::size_t max_in_flight() const override { return kStepsInFlight; }
   void launch(const StepPlan& plan) override;
-  StepResult collect() override;
+  StepResult& collect() override;
   void copy_logits(std::span<const std::int32_t> rows, float* out) override;
   void abandon() override;
 
@@ -78,6 +79,7 @@ class CudaRunner : public Runner {
   // What collect() has to know of a step in flight.
   struct InFlight {
     cuda::Event done;
+    std::int32_t num_draws = 0;                // padded
     std::vector<DrawOrigin> origins;           // of each draw
     std::vector<std::int32_t> num_logprobs;    // of each draw; -1: none
     std::vector<std::int32_t> num_of_prompts;  // of each prompt row
@@ -91,7 +93,7 @@ class CudaRunner : public Runner {
   void compute(const DeviceStep& step);
   void compute_as_graph(const DeviceStep& step);
   void draw(const SampleBatch& draws);
-  void fetch_draws(const SampleBatch& draws);
+  void fetch_logprobs();
   std::size_t max_step_bytes() const;
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
@@ -105,17 +107,23 @@ class CudaRunner : public Runner {
   const std::int64_t max_blocks_;  // of a block table
   std::optional<KvCache> kv_cache_;
 
+  const cuda::Stream copies_;
   StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
-  cuda::DeviceMemory results_;  // [max_draws] int32 tokens, then as many errors
+  cuda::DeviceMemory results_;  // int32 tokens, one a draw, then as many errors
   std::array<cuda::PinnedMemory, kStepsInFlight> host_results_;
   LogprobBuffers draw_logprobs_, prompt_logprobs_;
 
-  // By the padded number of sequences, and whether the draws are a part of it: not if they have
-  // options that depend on the request.
-  std::map<std::pair<std::int64_t, bool>, cuda::Graph> graphs_;
+  struct GraphKey {
+    std::int64_t num_sequences;  // padded
+    std::size_t slot;            // where its inputs and results lie
+    bool draws_inside;           // not if the draws have options that depend on the request
+    auto operator<=>(const GraphKey&) const = default;
+  };
+  std::map<GraphKey, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
+  StepResult result_;                      // of the step that was collected last
   MutTensorView logits_{};                 // of the step that was launched last
   std::vector<std::int32_t> device_rows_;  // of each row of its plan
   std::vector<std::int32_t>

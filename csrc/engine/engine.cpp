@@ -101,15 +101,6 @@ bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-void emit(StepOutput& output, const Sequence& sequence, std::int32_t sample, std::int32_t token,
-          FinishReason finish, std::optional<TokenLogprobs> logprobs = std::nullopt) {
-  output.request.push_back(sequence.request->id);
-  output.sample.push_back(sample);
-  output.token.push_back(token);
-  output.finish.push_back(finish);
-  output.logprobs.push_back(std::move(logprobs));
-}
-
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
@@ -220,11 +211,7 @@ void Engine::add_request(RequestId id, std::vector<std::int32_t> prompt,
   }
   request->num_prompt_tokens = prompt.size();
   request->num_unfinished = params.n;
-  auto sequence = std::make_unique<Sequence>();
-  sequence->request = request.get();
-  sequence->stands_for_all = params.n > 1;
-  sequence->tokens = std::move(prompt);
-  scheduler_.add(std::move(sequence));
+  scheduler_.add(std::make_unique<Sequence>(*request, std::move(prompt)));
   requests_.emplace(id, std::move(request));
 }
 
@@ -271,10 +258,11 @@ bool Engine::launch_next(StepOutput& output) {
 // out.
 StepPlan Engine::plan(const ScheduledStep& step, InFlight& in_flight) const {
   StepPlan plan{.sequences = step.sequences, .copies = step.copies, .draws = {}, .prompt_rows = {}};
+  plan.draws.reserve(step.sequences.size());
+  in_flight.requests.reserve(step.sequences.size());
   std::int64_t first_row = 0;  // of the sequence in the batch
   for (const auto& [sequence, num_tokens] : step.sequences) {
-    const Request& request = *sequence->request;
-    in_flight.requests.push_back(request.id);
+    in_flight.requests.push_back(sequence->id);
     const auto first = static_cast<std::int64_t>(sequence->num_computed_tokens);
     const std::int64_t end = first + num_tokens;
     if (end == static_cast<std::int64_t>(sequence->num_tokens())) {
@@ -284,7 +272,8 @@ StepPlan Engine::plan(const ScheduledStep& step, InFlight& in_flight) const {
                               .row = static_cast<std::int32_t>(first_row + num_tokens - 1)});
       }
     }
-    if (request.wants_prompt_logprobs()) {
+    if (sequence->has_prompt_logprobs && sequence->request->wants_prompt_logprobs()) {
+      const Request& request = *sequence->request;
       const std::int64_t last = static_cast<std::int64_t>(request.num_prompt_tokens) - 1;
       for (std::int64_t position = std::max(first, std::ssize(request.prompt_logprobs));
            position < std::min(end, last); ++position) {
@@ -304,12 +293,12 @@ StepPlan Engine::plan(const ScheduledStep& step, InFlight& in_flight) const {
 // every sequence that reached its end has one more, though nobody knows yet which.
 void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
   for (const auto& [sequence, num_tokens] : in_flight.step.sequences) {
-    const std::int64_t prompt_left =
-        static_cast<std::int64_t>(sequence->request->num_prompt_tokens) -
-        static_cast<std::int64_t>(sequence->num_computed_tokens);
+    const std::int64_t prompt_left = static_cast<std::int64_t>(sequence->num_prompt_tokens) -
+                                     static_cast<std::int64_t>(sequence->num_computed_tokens);
     totals_.num_prefill_tokens += std::clamp<std::int64_t>(prompt_left, 0, num_tokens);
     sequence->num_computed_tokens += static_cast<std::size_t>(num_tokens);
   }
+  in_flight.targets.reserve(plan.draws.size());
   auto sequence = in_flight.step.sequences.begin();
   while (in_flight.targets.size() < plan.draws.size()) {
     const Sequence* due = plan.draws[in_flight.targets.size()].sequence;
@@ -320,17 +309,19 @@ void Engine::advance(InFlight& in_flight, const StepPlan& plan) {
     in_flight.targets.insert(in_flight.targets.end(), forks.begin(), forks.end());
   }
   for (std::size_t i = 0; i < in_flight.targets.size(); ++i) {
-    ++in_flight.targets[i]->num_pending;
-    in_flight.targets[i]->pending_draw = static_cast<std::int32_t>(i);
+    Sequence& target = *in_flight.targets[i];
+    ++target.num_pending;
+    target.pending_draw = static_cast<std::int32_t>(i);
+    __builtin_prefetch(target.tokens.data() + target.tokens.size());  // for accept()
   }
 }
 
 // Hands out what a step has given. Output gets nothing before all that can fail is done.
 void Engine::collect_oldest(StepOutput& output) {
-  StepResult result;
+  StepResult* result;
   try {
     const CpuTimer timer(totals_.model_seconds);
-    result = runner_->collect();
+    result = &runner_->collect();
     // Zeros were read in place of a page that is gone: nothing of this step may leave.
     if (checkpoint_.any_file_failed()) checkpoint_.check_files();
   } catch (...) {
@@ -345,20 +336,21 @@ void Engine::collect_oldest(StepOutput& output) {
     const auto owner = requests_.find(step.prompt_owners[i]);
     if (owner == requests_.end()) continue;  // aborted meanwhile
     Request& request = *owner->second;
-    request.prompt_logprobs.push_back(std::move(result.prompt_logprobs[i]));
+    request.prompt_logprobs.push_back(std::move(result->prompt_logprobs[i]));
     if (!request.wants_prompt_logprobs()) {
       output.prompt_logprobs.emplace_back(request.id, request.prompt_logprobs);
     }
   }
   std::map<RequestId, std::exception_ptr> failed;
+  output.events.reserve(output.events.size() + step.targets.size());
   for (std::size_t i = 0; i < step.targets.size(); ++i) {
     Sequence* sequence = step.targets[i];
     if (sequence == nullptr) continue;
     --sequence->num_pending;
-    if (result.errors[i]) {
-      failed.emplace(sequence->request->id, result.errors[i]);
+    if (result->errors[i]) {
+      failed.emplace(sequence->id, result->errors[i]);
     } else {
-      accept(*sequence, std::move(result.samples[i]), output);
+      accept(*sequence, std::move(result->samples[i]), output);
     }
   }
   for (const auto& [id, error] : failed) fail(id, error, output);
@@ -384,20 +376,23 @@ void Engine::trace_end_of_step(bool failed) {
 }
 
 void Engine::accept(Sequence& sequence, Sample sample, StepOutput& output) {
-  const Request& request = *sequence.request;
   const std::int32_t token = sample.token;
   sequence.tokens.push_back(token);
-  if (request.params.has_penalties()) ++sequence.output_counts[token];
+  if (sequence.has_penalties) ++sequence.output_counts[token];
   ++totals_.num_output_tokens;
 
   FinishReason finish = FinishReason::kNone;
-  const bool is_eos = !request.params.ignore_eos && contains(eos_token_ids_, token);
-  if (is_eos || contains(request.params.stop_token_ids, token)) {
+  if ((!sequence.ignores_eos && contains(eos_token_ids_, token)) ||
+      (sequence.has_stop_token_ids && contains(sequence.request->params.stop_token_ids, token))) {
     finish = FinishReason::kStop;
-  } else if (std::ssize(sequence.tokens) >= request.max_total_tokens) {
+  } else if (std::ssize(sequence.tokens) >= sequence.max_total_tokens) {
     finish = FinishReason::kLength;
   }
-  emit(output, sequence, sequence.sample, token, finish, std::move(sample.logprobs));
+  output.events.push_back({.request = sequence.id,
+                           .sample = sequence.sample,
+                           .token = token,
+                           .finish = finish,
+                           .logprobs = std::move(sample.logprobs)});
   if (finish == FinishReason::kNone) return;
   if (trace_) trace_->finished(sequence, finish);
   end(sequence, output);
@@ -422,7 +417,11 @@ void Engine::end(const Sequence& sequence, StepOutput& output, std::exception_pt
 void Engine::cut_off(const Sequence& sequence, FinishReason reason, StepOutput& output,
                      std::exception_ptr error) {
   for (std::int32_t i = 0; i < static_cast<std::int32_t>(sequence.num_slots()); ++i) {
-    emit(output, sequence, sequence.sample + i, -1, reason);
+    output.events.push_back({.request = sequence.id,
+                             .sample = sequence.sample + i,
+                             .token = -1,
+                             .finish = reason,
+                             .logprobs = nullptr});
   }
   if (trace_) trace_->finished(sequence, reason);
   end(sequence, output, error);
@@ -460,7 +459,7 @@ bool Engine::reset_prefix_cache() {
 
 bool Engine::has_unfinished() const {
   const std::lock_guard lock(mutex_);
-  return !requests_.empty() || !reported_.ended.empty() || !reported_.request.empty();
+  return !requests_.empty() || !reported_.ended.empty() || !reported_.events.empty();
 }
 
 EngineStats Engine::stats() const {
@@ -485,9 +484,9 @@ EngineSnapshot Engine::snapshot() const {
   const std::lock_guard lock(mutex_);
   EngineSnapshot snapshot;
   scheduler_.visit([&](const Sequence& sequence, bool running) {
-    snapshot.sequences.push_back({sequence.request->id, sequence.sample, running,
-                                  sequence.num_slots(), sequence.tokens,
-                                  sequence.num_computed_tokens, sequence.block_table});
+    snapshot.sequences.push_back({sequence.id, sequence.sample, running, sequence.num_slots(),
+                                  sequence.tokens, sequence.num_computed_tokens,
+                                  sequence.block_table});
   });
   for (BlockId block = 0; block < pool_.num_blocks(); ++block) {
     snapshot.block_counts.push_back(pool_.count(block));

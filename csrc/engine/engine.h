@@ -11,7 +11,6 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -28,14 +27,17 @@
 
 namespace tinyvllm {
 
-// What one step produced. Events come as parallel arrays, with an entry for each: a new token of an
-// output, the end of that output, or both. A request has ended when all its outputs have.
+// What one step produced. A request has ended when all its outputs have.
 struct StepOutput {
-  std::vector<RequestId> request;
-  std::vector<std::int32_t> sample;  // which of the request's n outputs
-  std::vector<std::int32_t> token;   // -1: no token, only the end
-  std::vector<FinishReason> finish;
-  std::vector<std::optional<TokenLogprobs>> logprobs;
+  // A new token of an output, the end of that output, or both.
+  struct Event {
+    RequestId request;
+    std::int32_t sample;  // which of the request's n outputs
+    std::int32_t token;   // -1: no token, only the end
+    FinishReason finish;
+    std::unique_ptr<TokenLogprobs> logprobs;  // null: not asked for
+  };
+  std::vector<Event> events;
 
   struct Ended {
     RequestId request;
@@ -46,6 +48,10 @@ struct StepOutput {
   // Of prompt token 1, 2, ..., once the whole prompt is computed, where SamplingParams asks for
   // them.
   std::vector<std::pair<RequestId, std::vector<TokenLogprobs>>> prompt_logprobs;
+
+  StepOutput() = default;
+  StepOutput(StepOutput&&) = default;  // and no copies: logprobs have one owner
+  StepOutput& operator=(StepOutput&&) = default;
 };
 
 struct EngineStats {

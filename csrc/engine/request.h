@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "engine/prefix_cache.h"
@@ -65,19 +66,40 @@ struct Request {
 
 // One continuation of a request's prompt: what the scheduler schedules. A request with n > 1 begins
 // as one sequence, which stands for all n until its prompt is computed, and then forks.
-struct Sequence {
-  Request* request = nullptr;
-  std::int32_t sample = 0;      // which of the request's n outputs
-  bool stands_for_all = false;  // not forked yet
+//
+// The forward pass drives everything here out of the cache, so that what scheduling costs is how many
+// cache lines it has to fetch again. All that a decode step reads of a sequence, and a copy of what it
+// reads of the request, lies in the first two.
+struct alignas(64) Sequence {
+  Sequence(Request& request, std::vector<std::int32_t> prompt)
+      : tokens(std::move(prompt)),
+        max_total_tokens(request.max_total_tokens),
+        stands_for_all(request.params.n > 1),
+        has_penalties(request.params.has_penalties()),
+        has_prompt_logprobs(request.params.prompt_logprobs.has_value()),
+        has_stop_token_ids(!request.params.stop_token_ids.empty()),
+        ignores_eos(request.params.ignore_eos),
+        request(&request),
+        id(request.id),
+        num_prompt_tokens(tokens.size()) {}
 
   std::vector<std::int32_t> tokens;  // prompt, then output, as far as it is known
-  // Tokens behind these that steps in flight sample; the last of them is this draw of the step that
-  // was launched last.
-  std::int32_t num_pending = 0;
-  std::int32_t pending_draw = -1;
   // Tokens whose K and V are in the cache, or will be when the steps in flight have ended. A sequence
   // is in prefill while more than one is missing.
   std::size_t num_computed_tokens = 0;
+  std::int64_t max_total_tokens;
+  // Tokens behind the known ones that steps in flight sample; the last of them is this draw of the
+  // step that was launched last.
+  std::int32_t num_pending = 0;
+  std::int32_t pending_draw = -1;
+  std::int32_t sample = 0;  // which of the request's n outputs
+  bool stands_for_all;      // not forked yet
+  bool is_fork = false;  // has others beside it, with which it may share a block that is not full
+  bool has_penalties, has_prompt_logprobs, has_stop_token_ids, ignores_eos;
+
+  Request* request;
+  RequestId id;
+  std::size_t num_prompt_tokens;
   std::vector<BlockId> block_table;
   // How far the table's blocks are known to the prefix cache, and the key of the last of these.
   std::size_t num_published_blocks = 0;
@@ -85,9 +107,14 @@ struct Sequence {
   // How often each token was put out; kept only where penalties ask for it.
   std::unordered_map<std::int32_t, std::int32_t> output_counts;
 
+  // Begins to fetch what a decode step reads.
+  void prefetch() const {
+    __builtin_prefetch(&tokens);
+    __builtin_prefetch(&request);
+  }
   // With those that are not known yet.
   std::size_t num_tokens() const { return tokens.size() + static_cast<std::size_t>(num_pending); }
-  std::size_t num_output_tokens() const { return num_tokens() - request->num_prompt_tokens; }
+  std::size_t num_output_tokens() const { return num_tokens() - num_prompt_tokens; }
   // Where the K and V of a position lie (kv_cache.h).
   std::int64_t slot(std::int64_t position, std::int64_t block_size) const {
     return std::int64_t{block_table[static_cast<std::size_t>(position / block_size)]} * block_size +
@@ -95,11 +122,6 @@ struct Sequence {
   }
   // How many of max_num_seqs it takes.
   std::int64_t num_slots() const { return stands_for_all ? request->params.n : 1; }
-  // First come, first served: by arrival, then by sample.
-  bool before(const Sequence& other) const {
-    return request->arrival != other.request->arrival ? request->arrival < other.request->arrival
-                                                      : sample < other.sample;
-  }
 };
 
 }  // namespace tinyvllm

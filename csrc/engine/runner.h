@@ -75,8 +75,9 @@ class Runner {
   // Begins a step. What the plan points to may change as soon as it returns.
   virtual void launch(const StepPlan& plan) = 0;
 
-  // The result of the oldest step in flight, when it is there.
-  virtual StepResult collect() = 0;
+  // The result of the oldest step in flight, when it is there; the runner's own, for the caller to
+  // move from, until the next call.
+  virtual StepResult& collect() = 0;
 
   // For tests: the logits [rows, vocab], float32, of some rows of the batch that was launched last.
   virtual void copy_logits(std::span<const std::int32_t> rows, float* out) = 0;

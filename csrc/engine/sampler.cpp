@@ -26,14 +26,14 @@ struct RowScan {
   float maximum = kMinusInfinity;
   std::int32_t argmax = 0;  // the lowest id among the largest
   bool finite = true;
-  std::vector<float> block_maxima;  // NaN counts as nothing
+  std::span<const float> block_maxima;  // NaN counts as nothing
 };
 
 // One pass, in a form that compilers turn into vectors: lanes of their own, no early exit.
-RowScan scan(std::span<const float> row) {
+RowScan scan(std::span<const float> row, std::vector<float>& block_maxima) {
   constexpr std::size_t kLanes = 16;
   RowScan result;
-  result.block_maxima.reserve(row.size() / kBlock + 1);
+  block_maxima.clear();
   for (std::size_t begin = 0; begin < row.size(); begin += kBlock) {
     const std::span<const float> block = row.subspan(begin, std::min(kBlock, row.size() - begin));
     std::array<float, kLanes> maxima;
@@ -57,8 +57,9 @@ RowScan scan(std::span<const float> row) {
       result.maximum = maximum;
       result.argmax = static_cast<std::int32_t>(begin);  // its block, for now
     }
-    result.block_maxima.push_back(maximum);
+    block_maxima.push_back(maximum);
   }
+  result.block_maxima = block_maxima;
   const auto first = row.begin() + result.argmax;
   const auto found = std::find(first, row.end(), result.maximum);
   if (found != row.end()) result.argmax = static_cast<std::int32_t>(found - row.begin());
@@ -132,7 +133,7 @@ std::vector<std::int32_t> kept_tokens(const SamplingParams& params, const Scaled
   const auto top_k = static_cast<std::size_t>(std::max(params.top_k, 0));
   const std::size_t num_blocks = scaled.row.block_maxima.size();
   if (top_k > 0 && top_k <= num_blocks) {  // k blocks have a token each that is as good as the kth
-    std::vector<float> maxima = scaled.row.block_maxima;
+    std::vector<float> maxima(scaled.row.block_maxima.begin(), scaled.row.block_maxima.end());
     const auto kth = maxima.begin() + static_cast<std::ptrdiff_t>(top_k) - 1;
     std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<>());
     lowest = std::max(lowest, *kth * scaled.inverse_temperature);
@@ -352,7 +353,7 @@ float log_min_p(const SamplingParams& params) {
 }
 
 DrawOrigin::DrawOrigin(const Sequence& sequence)
-    : request(sequence.request->id),
+    : request(sequence.id),
       position(static_cast<std::int64_t>(sequence.num_tokens()) - 1),
       min_tokens(sequence.request->params.min_tokens),
       num_stop_token_ids(sequence.request->params.stop_token_ids.size()) {}
@@ -406,22 +407,21 @@ TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, s
 }
 
 Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
-                       std::span<const float> raw) const {
+                       std::span<const float> raw, Workspace& workspace) const {
   const SamplingParams& params = sequence.request->params;
-  RowScan row = scan(raw);
+  RowScan row = scan(raw, workspace.block_maxima);
   if (!row.finite) {
     throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits: what changes them works on a copy.
   std::span<const float> logits = raw;
-  std::vector<float> copy;
   if (!params.logit_bias.empty() || masks_end_tokens(sequence) || params.has_penalties()) {
-    copy.assign(raw.begin(), raw.end());
-    apply_bias_and_mask(sequence, eos_token_ids_, copy);
-    if (params.has_penalties()) apply_penalties(sequence, copy);
-    logits = copy;
-    row = scan(logits);
+    workspace.edited.assign(raw.begin(), raw.end());
+    apply_bias_and_mask(sequence, eos_token_ids_, workspace.edited);
+    if (params.has_penalties()) apply_penalties(sequence, workspace.edited);
+    logits = workspace.edited;
+    row = scan(logits, workspace.block_maxima);
   }
 
   Sample sample;
@@ -434,7 +434,10 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
                       static_cast<std::uint32_t>(sequence.tokens.size())};
     sample.token = filtered_draw(params, noise, {logits, inverse_temperature(params), row});
   }
-  if (params.logprobs) sample.logprobs = top_logprobs(raw, sample.token, *params.logprobs);
+  if (params.logprobs) {
+    sample.logprobs =
+        std::make_unique<TokenLogprobs>(top_logprobs(raw, sample.token, *params.logprobs));
+  }
   return sample;
 }
 

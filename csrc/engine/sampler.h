@@ -10,7 +10,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,7 +21,7 @@ namespace tinyvllm {
 
 struct Sample {
   std::int32_t token = 0;
-  std::optional<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
+  std::unique_ptr<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
 };
 
 class Sampler {
@@ -30,10 +30,16 @@ class Sampler {
   explicit Sampler(std::vector<std::int32_t> eos_token_ids)
       : eos_token_ids_(std::move(eos_token_ids)) {}
 
+  // What one call at a time works in; kept from row to row so that most rows allocate nothing.
+  struct Workspace {
+    std::vector<float> block_maxima;  // of the row, by blocks of its logits
+    std::vector<float> edited;        // the row with what a request's options change
+  };
+
   // The next token of one of the request's samples, which `sequence` is or stands for, from
   // `logits` [vocab]. Throws Error where a logit is not finite, and where the masks leave no token.
-  Sample sample(const Sequence& sequence, std::int32_t sample_index,
-                std::span<const float> logits) const;
+  Sample sample(const Sequence& sequence, std::int32_t sample_index, std::span<const float> logits,
+                Workspace& workspace) const;
 
  private:
   std::vector<std::int32_t> eos_token_ids_;

@@ -8,6 +8,9 @@
 namespace tinyvllm {
 namespace {
 
+// How many sequences ahead of its turn one is fetched.
+constexpr std::size_t kPrefetch = 8;
+
 std::int64_t num_missing(const Sequence& sequence) {
   return static_cast<std::int64_t>(sequence.num_tokens() - sequence.num_computed_tokens);
 }
@@ -15,9 +18,8 @@ std::int64_t num_missing(const Sequence& sequence) {
 // Whether the next step can go on with a sequence though its last token is not known yet: not if it
 // is the last one anyway, and not if what follows depends on which tokens came before.
 bool may_run_ahead(const Sequence& sequence) {
-  const Request& request = *sequence.request;
-  return static_cast<std::int64_t>(sequence.num_tokens()) < request.max_total_tokens &&
-         !request.params.has_penalties();
+  return static_cast<std::int64_t>(sequence.num_tokens()) < sequence.max_total_tokens &&
+         !sequence.has_penalties;
 }
 
 }  // namespace
@@ -32,9 +34,11 @@ ScheduledStep Scheduler::schedule() {
   std::int64_t budget = config_.max_num_batched_tokens;
   const std::int64_t num_preemptions = stats_.num_preemptions;
   const bool may_admit = !config_.static_batching || running_.empty();
+  step.sequences.reserve(running_.size());
 
   for (std::size_t i = 0; i < running_.size() && budget > 0; ++i) {
     Sequence& sequence = *running_[i];
+    if (i + kPrefetch < running_.size()) running_[i + kPrefetch]->prefetch();
     if (sequence.num_pending > 0 && !may_run_ahead(sequence)) continue;
     const std::int64_t num_tokens = std::min(num_missing(sequence), budget);
     bool fits = make_room(sequence, num_tokens, step);
@@ -65,7 +69,7 @@ bool Scheduler::make_room(Sequence& sequence, std::int64_t num_tokens, Scheduled
   const std::int64_t wanted = (computed + num_tokens + config_.block_size - 1) / config_.block_size;
   const std::int64_t missing = wanted - static_cast<std::int64_t>(sequence.block_table.size());
   const bool writes_shared =
-      computed % config_.block_size != 0 &&
+      sequence.is_fork && computed % config_.block_size != 0 &&
       pool_.count(sequence.block_table[static_cast<std::size_t>(computed / config_.block_size)]) >
           1;
   if (missing + (writes_shared ? 1 : 0) > pool_.num_free()) return false;
@@ -188,6 +192,7 @@ void Scheduler::forget(const ScheduledStep& step) {
 
 std::vector<Sequence*> Scheduler::fork(Sequence& leader) {
   leader.stands_for_all = false;
+  leader.is_fork = true;
   std::vector<Sequence*> children;
   auto place = std::find_if(running_.begin(), running_.end(),
                             [&](const auto& sequence) { return sequence.get() == &leader; });
@@ -217,10 +222,10 @@ void Scheduler::remove(const Sequence& sequence) {
 std::vector<Sequence*> Scheduler::find(RequestId id) const {
   std::vector<Sequence*> found;
   for (const auto& sequence : running_) {
-    if (sequence->request->id == id) found.push_back(sequence.get());
+    if (sequence->id == id) found.push_back(sequence.get());
   }
   for (const auto& sequence : waiting_) {
-    if (sequence->request->id == id) found.push_back(sequence.get());
+    if (sequence->id == id) found.push_back(sequence.get());
   }
   return found;
 }

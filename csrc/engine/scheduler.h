@@ -98,7 +98,8 @@ class Scheduler {
   PrefixCache& cache_;
   Trace* const trace_;  // null: none
   SchedulerStats stats_;
-  // Both in the order of Sequence::before, and all that runs is before all that waits.
+  // Both by arrival, then by sample (first come, first served), and all that runs is before all that
+  // waits.
   std::vector<std::unique_ptr<Sequence>> running_;
   std::deque<std::unique_ptr<Sequence>> waiting_;
 };

@@ -77,7 +77,7 @@ void Trace::admitted(const Sequence& sequence, std::int64_t num_cached_tokens) {
   const Track track = track_of(sequence);
   event('E', "queued", track, now(), {});
   instant("admitted", track,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"tokens", std::ssize(sequence.tokens)},
            {"cached_tokens", num_cached_tokens}});
@@ -90,27 +90,25 @@ void Trace::preempted(const Sequence& sequence, const Sequence& needy,
   if (phase_of(sequence) == Phase::kDecode) event('E', "decode", track, now(), {});
   const bool gives_way = &sequence != &needy;
   instant("preempted", track,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"reason", gives_way ? "too few free blocks: the last to come gives way"
                                 : "too few free blocks, and it came last itself"},
-           {"for_request", needy.request->id},
+           {"for_request", needy.id},
            {"for_sample", needy.sample},
            {"free_blocks", num_free_blocks},
            {"lost_tokens", static_cast<std::int64_t>(sequence.num_computed_tokens)}});
-  event('B', "queued", track, now(),
-        {{"request", sequence.request->id}, {"sample", sequence.sample}});
+  event('B', "queued", track, now(), {{"request", sequence.id}, {"sample", sequence.sample}});
   phase_of(sequence) = Phase::kQueued;
   ++step_.num_preempted;
 }
 
 void Trace::forked(const Sequence& leader, const Sequence& child) {
   name_track(child);
-  instant(
-      "forked", track_of(child),
-      {{"request", child.request->id}, {"sample", child.sample}, {"from_sample", leader.sample}});
+  instant("forked", track_of(child),
+          {{"request", child.id}, {"sample", child.sample}, {"from_sample", leader.sample}});
   instant("share", kPool,
-          {{"request", child.request->id},
+          {{"request", child.id},
            {"sample", child.sample},
            {"from_sample", leader.sample},
            {"blocks", child.block_table}});
@@ -123,20 +121,20 @@ void Trace::finished(const Sequence& sequence, FinishReason reason) {
   if (phase == Phase::kQueued) event('E', "queued", track, now(), {});
   if (phase == Phase::kDecode) event('E', "decode", track, now(), {});
   instant("finished", track,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"reason", name_of(reason)},
            {"output_tokens", static_cast<std::int64_t>(sequence.num_output_tokens())}});
-  Tracks& tracks = requests_.at(sequence.request->id);
+  Tracks& tracks = requests_.at(sequence.id);
   tracks.num_open -= sequence.num_slots();
-  if (tracks.num_open == 0) requests_.erase(sequence.request->id);
+  if (tracks.num_open == 0) requests_.erase(sequence.id);
 }
 
 // --- Blocks --------------------------------------------------------------------------------------
 
 void Trace::hit(const Sequence& sequence, std::span<const BlockId> blocks) {
   instant("hit", kPool,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"position", std::int64_t{0}},
            {"blocks", blocks}});
@@ -145,7 +143,7 @@ void Trace::hit(const Sequence& sequence, std::span<const BlockId> blocks) {
 void Trace::allocated(const Sequence& sequence, std::size_t position,
                       std::span<const BlockId> blocks) {
   instant("allocate", kPool,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"position", static_cast<std::int64_t>(position)},
            {"blocks", blocks}});
@@ -153,7 +151,7 @@ void Trace::allocated(const Sequence& sequence, std::size_t position,
 
 void Trace::copied(const Sequence& sequence, std::size_t position, BlockId from, BlockId to) {
   instant("copy", kPool,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"position", static_cast<std::int64_t>(position)},
            {"from", from},
@@ -161,15 +159,14 @@ void Trace::copied(const Sequence& sequence, std::size_t position, BlockId from,
 }
 
 void Trace::released(const Sequence& sequence) {
-  instant("release", kPool,
-          {{"request", sequence.request->id},
-           {"sample", sequence.sample},
-           {"blocks", sequence.block_table}});
+  instant(
+      "release", kPool,
+      {{"request", sequence.id}, {"sample", sequence.sample}, {"blocks", sequence.block_table}});
 }
 
 void Trace::published(const Sequence& sequence, std::size_t position, BlockId block) {
   instant("publish", kPool,
-          {{"request", sequence.request->id},
+          {{"request", sequence.id},
            {"sample", sequence.sample},
            {"position", static_cast<std::int64_t>(position)},
            {"block", block}});
@@ -199,7 +196,7 @@ void Trace::step_is_scheduled(const ScheduledStep& step) {
 void Trace::step_is_computed(const ScheduledStep& step) {
   step_.computed = now();
   for (const auto& [sequence, num_tokens] : step.sequences) {
-    const std::int64_t id = sequence->request->id, sample = sequence->sample;
+    const std::int64_t id = sequence->id, sample = sequence->sample;
     const Track track = track_of(*sequence);
     Phase& phase = phase_of(*sequence);
     const std::int64_t first =
@@ -245,16 +242,16 @@ Trace::Nanoseconds Trace::now() const {
 }
 
 Trace::Track Trace::track_of(const Sequence& sequence) const {
-  return {kRequests, requests_.at(sequence.request->id).first_thread + sequence.sample};
+  return {kRequests, requests_.at(sequence.id).first_thread + sequence.sample};
 }
 
 Trace::Phase& Trace::phase_of(const Sequence& sequence) {
-  Tracks& tracks = requests_.at(sequence.request->id);
+  Tracks& tracks = requests_.at(sequence.id);
   return tracks.phases[static_cast<std::size_t>(sequence.sample)];
 }
 
 void Trace::name_track(const Sequence& sequence) {
-  std::string text = "request " + std::to_string(sequence.request->id);
+  std::string text = "request " + std::to_string(sequence.id);
   if (sequence.request->params.n > 1) text += " sample " + std::to_string(sequence.sample);
   const Track track = track_of(sequence);
   name("thread_name", track, text);

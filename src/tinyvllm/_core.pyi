@@ -169,6 +169,8 @@ class CudaContext:
     @property
     def cublaslt(self) -> str: ...
 
+def cuda_memory() -> tuple[int, int]: ...
+
 Context = CpuContext | CudaContext
 
 class MatmulPlan:

@@ -26,10 +26,12 @@ constexpr std::size_t partial_floats(int heads, int head_dim) {
   return static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim + 2);
 }
 
-// The union of `count` partial results, in ascending order, for one head and one dimension.
+// The union of `count` partial results, in ascending order, for one head and one dimension. They are
+// read some at a time, because each read is a way to the L2 cache and back.
 struct PartialAttention {
   float sum, maximum, total;
 };
+inline constexpr int kPartialsAtOnce = 8;
 
 __device__ inline PartialAttention merge_partials(const volatile float* partials, int count,
                                                   std::size_t stride, int heads, int head_dim,
@@ -37,11 +39,29 @@ __device__ inline PartialAttention merge_partials(const volatile float* partials
   const volatile float* maxima = partials + heads * head_dim + head;
   const volatile float* sums = partials + head * head_dim + dim;
   PartialAttention merged{0.0f, kMinusInfinity, 0.0f};
-  for (int i = 0; i < count; ++i) merged.maximum = fmaxf(merged.maximum, maxima[i * stride]);
-  for (int i = 0; i < count; ++i) {
-    const float weight = fast_exp2(maxima[i * stride] - merged.maximum);
-    merged.sum += sums[i * stride] * weight;
-    merged.total += maxima[i * stride + heads] * weight;
+  for (int first = 0; first < count; first += kPartialsAtOnce) {
+    PartialAttention parts[kPartialsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPartialsAtOnce; ++i) {
+      const bool valid = first + i < count;
+      const std::size_t at = static_cast<std::size_t>(valid ? first + i : first) * stride;
+      const float maximum = maxima[at];
+      parts[i] = {sums[at], valid ? maximum : kMinusInfinity, maxima[at + heads]};
+    }
+    const float before = merged.maximum;
+#pragma unroll
+    for (int i = 0; i < kPartialsAtOnce; ++i) {
+      merged.maximum = fmaxf(merged.maximum, parts[i].maximum);
+    }
+    const float rescale = fast_exp2(before - merged.maximum);
+    merged.sum *= rescale;
+    merged.total *= rescale;
+#pragma unroll
+    for (int i = 0; i < kPartialsAtOnce; ++i) {
+      const float weight = fast_exp2(parts[i].maximum - merged.maximum);
+      merged.sum += parts[i].sum * weight;
+      merged.total += parts[i].total * weight;
+    }
   }
   return merged;
 }
@@ -171,6 +191,9 @@ __device__ inline int dimension_of(int i, int g) {
 // themselves; the warp that has the newest position does so with k, and puts k and v into the
 // cache.
 //
+// A block without a task leaves at once and makes room for the next kernel's. Some block always has
+// one, so that the grid ends after the kernel before it.
+//
 //   partials  [*num_decode_items, num_kv_heads * head_tiles, partial_floats]  in the workspace
 //   counters  [num_decodes, num_kv_heads * head_tiles]  zero, and zero again afterwards
 // kWarps: 8 where few sequences leave SMs idle. Where many wait for their turn, blocks of 4 begin
@@ -256,11 +279,21 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
     if (any && a.window > 0) offset = a.offset(table, kv_head, tile * kDecodeTile);
     if (early) load_keys(tile, offset), load_values(tile, offset);
+    if (tile + kWarps < end_tile) {  // the warp's second tile: its K, then its V
+      const std::int64_t row =
+          a.offset(table, kv_head, (tile + kWarps) * kDecodeTile) + lane % kDecodeTile * kDim;
+#pragma unroll
+      for (int i = 0; i < kDim; i += 64)
+        prefetch((lane < kDecodeTile ? a.keys : a.values) + row + i);
+    }
+    const int newest_tile = (context - 1) / kDecodeTile;
+    const bool has_newest = kRotates && end == context && newest_tile % kWarps == warp;
+    std::int64_t place = 0;  // of the newest k and v
+    if (has_newest) place = a.offset(table, kv_head, context - 1);
     if (!waited) wait_for_previous();
     waited = true;
     if (any && !early) load_keys(tile, offset), load_values(tile, offset);
 
-    const int newest_tile = (context - 1) / kDecodeTile;
     std::uint32_t queries[kDim / 16][4];
     {
       const BFloat16* q = a.q + sequence * a.q_stride + first_head * kDim;
@@ -268,7 +301,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
       load_along_row<kDim>(q + g * kDim, g < heads, t, low);
       load_along_row<kDim>(q + (g + 8) * kDim, g + 8 < heads, t, high);
       if constexpr (kRotates) {
-        const bool has_newest = end == context && newest_tile % kWarps == warp;
         const BFloat16* k = a.q + sequence * a.q_stride + (a.num_heads + kv_head) * kDim;
         std::uint32_t key[kDim / 8], value[kDim / 16];
         load_along_row<kDim>(k, has_newest, t, key);
@@ -278,7 +310,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
         if (heads > 8) norm_and_rotate<kDim>(high, rope.q_norm, rope.eps, angles, t);
         if (has_newest) {
           norm_and_rotate<kDim>(key, rope.k_norm, rope.eps, angles, t);
-          const std::int64_t place = a.offset(table, kv_head, context - 1);
           const bool keeps = share % head_tiles == 0;  // one block of the KV head
           const auto store = [](BFloat16* to, const std::uint32_t* words) {
             *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
@@ -461,7 +492,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     }
     __syncthreads();  // the next task writes where this one reads
   }
-  if (!waited) wait_for_previous();
 }
 
 // The newest k and v, the partial results of the warps, is_last.

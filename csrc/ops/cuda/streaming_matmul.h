@@ -298,9 +298,12 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
           k < depth ? *reinterpret_cast<const float4*>(a.norm + k) : float4{0, 0, 0, 0};
     }
   }
-  // The next kernel begins its own stream when this block has asked for the last of its weights:
-  // the memory is then busy while sums meet here and the next kernel waits for them.
-  if (next_tile >= num_tiles) let_next_begin();
+  // A next kernel that streams weights, too, begins when this block has asked for the last of its
+  // own: the memory is then busy while sums meet here and the next kernel waits for them. Behind a
+  // product that only stores come attention or the draw, which have little to read and many loads
+  // that need one another: the earlier they begin, the better.
+  constexpr bool kEarly = kNormalises && kEpilogue == Epilogue::kStore;
+  if (kEarly || next_tile >= num_tiles) let_next_begin();
   wait_for_previous();
 
   float squares[kNormalises ? kNormRows : 1] = {};
@@ -367,7 +370,7 @@ __global__ void __launch_bounds__(kStreamingThreads, Shape::kBlocksInRegisters)
         copy_weights(ring + stage * layout.stage, next_tile, next_k);
         if constexpr (!kNormalises) copy_x(ring + stage * layout.stage, next_tile, next_k);
         advance();
-        if (next_tile >= num_tiles) let_next_begin();
+        if (!kEarly && next_tile >= num_tiles) let_next_begin();
       }
       commit_copies();
       stage = stage + 1 == kStages ? 0 : stage + 1;

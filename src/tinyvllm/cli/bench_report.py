@@ -16,9 +16,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.cli.bench_cost import Cost, ModelCost
 from tinyvllm.cli.bench_run import RequestTimes, Run
 from tinyvllm.cli.terminal import Output
+from tinyvllm.model_cost import Cost, ModelCost
 
 if TYPE_CHECKING:
     from tinyvllm.limits import MachineLimits

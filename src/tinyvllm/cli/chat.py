@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinyvllm.cli.model_options import (
+    INTERACTIVE_STEP_TOKENS,
     engine_options,
     model_options,
     open_llm,
+    quiet_option,
     sampling_options,
     sampling_params,
 )
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from tinyvllm.outputs import RequestOutput
     from tinyvllm.sampling_params import SamplingParams
 
-# A chunk of prompt is one call into the engine, and Ctrl-C waits for its end.
-_MAX_TOKENS_A_STEP = 512
-
 _EPILOG = """\b
 Examples:
   tinyvllm chat
@@ -44,14 +43,12 @@ Examples:
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @model_options()
 @option("-s", "--system", section="Prompt", metavar="TEXT", help="System prompt.")
 @sampling_options(default_max_tokens="as many as the context holds")
-@option("-q", "--quiet", section="Output", is_flag=True, help="No greeting and no notes.")
-@engine_options
+@quiet_option(kept="No greeting and no notes.")
+@engine_options()
 def command(**options: Any) -> None:
     """Talk with a model in the terminal.
 
@@ -69,14 +66,12 @@ def command(**options: Any) -> None:
     output = Output()
 
     from tinyvllm.cli.conversation import Conversation
-    from tinyvllm.cli.report import note, notes
+    from tinyvllm.cli.report import note
 
-    quiet = options["quiet"]
     with open_llm(
         options,
-        quiet=quiet,
         max_num_seqs=1,
-        max_num_batched_tokens=_MAX_TOKENS_A_STEP,
+        max_num_batched_tokens=INTERACTIVE_STEP_TOKENS,
         generation_config=options["generation_config"],
         seed=options["seed"],
     ) as llm:
@@ -88,9 +83,7 @@ def command(**options: Any) -> None:
             )
         sampling, _ = sampling_params(llm, options, max_tokens=None)
         conversation = Conversation(tokenizer, options["system"])
-        if not quiet:
-            for line in notes(llm, options["max_model_len"]):
-                note(printable(line))
+        if not options["quiet"]:
             info = llm.stats()
             note(
                 f"{options['model'] or 'bundled'}: {info['dtype']}, {info['device']} "

@@ -57,9 +57,7 @@ Examples:
 Section = dict[str, Any]
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @option("--json", "as_json", section="Output", is_flag=True, help="One JSON object.")
 def command(as_json: bool) -> None:
     """Versions, build, CPU, memory, limits and GPUs: what a bug report needs.
