@@ -9,7 +9,8 @@ one. Every row stands for itself:
                   runner.py defines them
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
-    machine         cpu, memory_bytes, device; num_threads that every peer was given
+    machine         cpu, memory_bytes, device; num_threads that every peer was given; on a GPU its
+                  name and driver
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
@@ -40,6 +41,8 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from tinyvllm.cli.env import gpu_driver
 
 Json = dict[str, Any]
 
@@ -96,7 +99,12 @@ def machine(device: str, num_threads: int) -> Json:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal:"):
             memory = int(line.split()[1]) * 1024
-    return {"cpu": cpu, "memory_bytes": memory, "device": device, "num_threads": num_threads}
+    where = {"cpu": cpu, "memory_bytes": memory, "device": device, "num_threads": num_threads}
+    if device == "cuda":
+        found = gpu_driver()
+        where["gpu"] = ", ".join(gpu["name"] for gpu in found["devices"]) or "unknown"
+        where["driver"] = found["driver"]
+    return where
 
 
 # --- Markdown -------------------------------------------------------------------------------------
@@ -108,7 +116,7 @@ def shown(value: float | None, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 1e9:.2f} GB"
     if unit == "s":
-        return f"{value:.2f} s"
+        return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.2f} ms"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -205,9 +213,11 @@ def _agreement_line(row: Json) -> str:
 
 def _machine_line(row: Json) -> str:
     where = row["machine"]
+    gpu = f"{where['gpu']}, driver {where['driver']}, beside " if "gpu" in where else ""
     return (
-        f"{where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, device {where['device']}, "
-        f"{where['num_threads']} threads; commit {row['commit']}, {row['date'].split()[0]}"
+        f"{gpu}{where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, device "
+        f"{where['device']}, {where['num_threads']} threads; commit {row['commit']}, "
+        f"{row['date'].split()[0]}"
     )
 
 

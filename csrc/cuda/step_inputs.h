@@ -26,17 +26,18 @@ class StepInputs {
     T* device = nullptr;
   };
 
-  // `copies` outlives it.
-  StepInputs(const cuda::Stream& copies, std::size_t bytes, const char* purpose)
-      : copies_(copies), purpose_(purpose) {
+  // The context and the stream of the copies outlive it.
+  StepInputs(const CudaContext& ctx, const cuda::Stream& copies, std::size_t bytes,
+             const char* purpose)
+      : ctx_(ctx), copies_(copies), purpose_(purpose) {
     allocate(bytes);
   }
 
   // The next step's arrays, of at most so many bytes together. It grows where it must, which moves it
   // on the device; what a graph reads has been made large enough at the start.
-  void begin(const CudaContext& ctx, std::size_t step, std::size_t bytes) {
+  void begin(std::size_t step, std::size_t bytes) {
     if (bytes > size_) {
-      ctx.synchronize();
+      ctx_.synchronize();
       allocate(2 * bytes);
     }
     place_ = &places_[step % kStepsInFlight];
@@ -58,11 +59,11 @@ class StepInputs {
   }
 
   // What is queued in the context's stream from now on finds them there.
-  void send(const CudaContext& ctx) {
+  void send() {
     if (used_ == 0) return;
     cuda::copy_to_device(copies_.get(), place_->device.data(), place_->host.data(), used_);
     place_->sent.record(copies_.get());
-    place_->sent.order(ctx.stream());
+    place_->sent.order(ctx_.stream());
   }
 
  private:
@@ -77,9 +78,13 @@ class StepInputs {
     for (Place& place : places_) {
       place.host = cuda::PinnedMemory(bytes, purpose_);
       place.device = cuda::DeviceMemory(bytes, purpose_);
+      // Decode attention asks for entries of its work list before it knows how many there are.
+      cuda::fill_bytes(ctx_, place.device.data(), 0, bytes);
     }
+    ctx_.synchronize();  // the copies go through another stream
   }
 
+  const CudaContext& ctx_;
   const cuda::Stream& copies_;
   const char* const purpose_;
   std::array<Place, kStepsInFlight> places_;

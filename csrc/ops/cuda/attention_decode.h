@@ -27,22 +27,22 @@ constexpr std::size_t partial_floats(int heads, int head_dim) {
 }
 
 // The union of `count` partial results, in ascending order, for one head and one dimension. They are
-// read some at a time, because each read is a way to the L2 cache and back.
+// read kAtOnce at a time, because each read is a way to the L2 cache and back.
 struct PartialAttention {
   float sum, maximum, total;
 };
-inline constexpr int kPartialsAtOnce = 8;
 
+template <int kAtOnce>
 __device__ inline PartialAttention merge_partials(const volatile float* partials, int count,
                                                   std::size_t stride, int heads, int head_dim,
                                                   int head, int dim) {
   const volatile float* maxima = partials + heads * head_dim + head;
   const volatile float* sums = partials + head * head_dim + dim;
   PartialAttention merged{0.0f, kMinusInfinity, 0.0f};
-  for (int first = 0; first < count; first += kPartialsAtOnce) {
-    PartialAttention parts[kPartialsAtOnce];
+  for (int first = 0; first < count; first += kAtOnce) {
+    PartialAttention parts[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kPartialsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       const bool valid = first + i < count;
       const std::size_t at = static_cast<std::size_t>(valid ? first + i : first) * stride;
       const float maximum = maxima[at];
@@ -50,14 +50,14 @@ __device__ inline PartialAttention merge_partials(const volatile float* partials
     }
     const float before = merged.maximum;
 #pragma unroll
-    for (int i = 0; i < kPartialsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       merged.maximum = fmaxf(merged.maximum, parts[i].maximum);
     }
     const float rescale = fast_exp2(before - merged.maximum);
     merged.sum *= rescale;
     merged.total *= rescale;
 #pragma unroll
-    for (int i = 0; i < kPartialsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       const float weight = fast_exp2(parts[i].maximum - merged.maximum);
       merged.sum += parts[i].sum * weight;
       merged.total += parts[i].total * weight;
@@ -458,7 +458,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
       const int head = i / kDim;
       const PartialAttention merged =
-          merge_partials(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
+          merge_partials<kWarps>(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
       if (num_splits == 1) {
         out[i] = round_to_bfloat16(merged.sum / merged.total);
       } else {
@@ -484,8 +484,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
         __threadfence();
         const float* of_first_split = partial - (split - first_split) * item_size;
         for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
-          const PartialAttention merged = merge_partials(of_first_split, num_splits, item_size,
-                                                         heads, kDim, i / kDim, i % kDim);
+          const PartialAttention merged = merge_partials<16>(of_first_split, num_splits, item_size,
+                                                             heads, kDim, i / kDim, i % kDim);
           out[i] = round_to_bfloat16(merged.sum / merged.total);
         }
       }

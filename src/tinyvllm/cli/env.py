@@ -211,13 +211,13 @@ def _cgroup_directories() -> Iterator[Path]:
 
 
 def _gpu() -> Section:
-    found: Section = {**_driver(), **_guarded(_cuda_engine)}
+    found: Section = {**gpu_driver(), **_guarded(_cuda_engine)}
     if not found["devices"] and found["driver"] is None:
         found["driver"] = "none found: no /proc/driver/nvidia, and no nvidia-smi that answers"
     return found
 
 
-def _driver() -> Section:
+def gpu_driver() -> Section:
     """From nvidia-smi where it answers, else from what the kernel module shows."""
     devices = []
     query = "name,driver_version,compute_cap,memory.total,memory.free,pcie.link.gen.current"
