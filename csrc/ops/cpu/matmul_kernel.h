@@ -205,6 +205,7 @@ inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
 // The rows from m on against one group. Where there are several tiles, they share out the rows of
 // the group at `next`, unless that is null, and each prefetches its share and that of the tile
 // before it: the hardware drops a prefetch when it is busy, so that every row needs a second chance.
+// With more than four tiles there is time enough for one to suffice.
 template <int kOutputs, typename X, typename W>
 void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& tiles, Group group,
                   const W* next) {
@@ -223,7 +224,7 @@ void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& t
     };
     if (prefetches) {
       add(begin, end);
-      add(before, tile == 0 ? kOutputs : begin);
+      if (tiles.count <= 4) add(before, tile == 0 ? kOutputs : begin);
     }
     if (count == 0) {
       matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch);
