@@ -265,6 +265,13 @@ def test_shares_are_the_ideal_time_over_the_measured_one(tmp_path: Path) -> None
     assert row["decode_throughput"] == pytest.approx(6 / 3)
 
 
+@pytest.mark.parametrize(("share", "said"), [(1.05, False), (1.5, True)])
+def test_a_share_that_memory_cannot_give_is_explained(share: float, said: bool) -> None:
+    assert bench_report._reads_from_caches({"bandwidth_share": share}) is said
+    row = {"prefill_bandwidth_share": None, "decode_bandwidth_share": share}
+    assert bench_report._reads_from_caches(row) is said
+
+
 def test_a_request_that_failed_counts_as_failed_only() -> None:
     cost = ModelCost(BUNDLED_MODEL)
     run = Run(Work([[1], [2]], [1, 1]))

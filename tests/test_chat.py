@@ -459,6 +459,23 @@ def test_system_help_and_what_is_no_command(terminal: Callable[..., Terminal]) -
     chat.expect("cut off after 5 tokens")
 
 
+def test_tab_completes_commands_and_files(
+    terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    (tmp_path / "conversation.json").write_text('[{"role": "user", "content": "Hello there"}]')
+    chat = terminal("--quiet")
+    chat.prompt()
+    chat.send("/he\t")
+    chat.expect("lp")  # the editor may draw what is new only
+    chat.send("\r")
+    chat.expect(r"/reset +begin anew")
+    chat.prompt()
+    chat.send(f"/load {tmp_path}/conv\t")
+    chat.expect(r"ersation\.json")
+    chat.send("\r")
+    chat.expect("1 message read from")
+
+
 def test_a_message_may_have_several_lines(
     terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:

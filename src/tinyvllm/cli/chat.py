@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -358,7 +358,8 @@ def _count_of(number: int, thing: str) -> str:
 def _line_editor(commands: list[str]) -> PromptSession[str]:
     """Lines with editing, a history of this session, and Tab for commands and file names."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
     from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
@@ -374,14 +375,26 @@ def _line_editor(commands: list[str]) -> PromptSession[str]:
         event.current_buffer.insert_text("\n")
 
     files = PathCompleter(expanduser=True)
+
+    class CommandCompleter(Completer):
+        """A command, or the file that /save or /load is to have."""
+
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            name, space, file = text.partition(" ")
+            if space and name in ("/save", "/load"):
+                yield from files.get_completions(Document(file), event)
+            elif not space and text.startswith("/"):
+                for command in commands:
+                    if command.startswith(text):
+                        yield Completion(command, start_position=-len(text))
+
     return PromptSession(
         FormattedText([("bold", "> ")]),
         multiline=True,  # a long message wraps, and a pasted one keeps its lines
         prompt_continuation="  ",
         key_bindings=keys,
-        completer=NestedCompleter.from_nested_dict(
-            {name: files if name in ("/save", "/load") else None for name in commands}
-        ),
+        completer=CommandCompleter(),
         complete_while_typing=False,
         # stdout is for answers, which may go to a file.
         output=create_output(sys.stderr if sys.stderr and sys.stderr.isatty() else sys.stdout),

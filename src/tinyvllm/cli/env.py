@@ -120,6 +120,7 @@ def _build() -> Section:
     return {
         "core": core.__version__,
         "file": core.__file__,
+        "compiler": core.compiler,
         "kernels": core.supported_isas(),
         "cuda": core.cuda_build(),
     }

@@ -69,8 +69,8 @@ Examples:
     section="Memory plan",
     type=Count(),
     metavar="BYTES",
-    help="Plan for a machine with this much to spare, or a GPU of this size, such as 24G.  "
-    "[default: this machine, its GPU]",
+    help="Plan for a machine with this much to spare, or for a GPU that has this much, such as "
+    "24G.  [default: what is here]",
 )
 @engine_options(
     section="Memory plan",
