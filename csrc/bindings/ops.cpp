@@ -164,10 +164,13 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
 std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
                                 std::int64_t depth, std::int64_t copies, std::int64_t rounds) {
   if (std::min({rows, outputs, depth, copies, rounds}) < 1) refuse("a size is less than 1");
-  const auto ones = [](std::int64_t size) {
-    return std::vector<BFloat16>(static_cast<std::size_t>(size), to_bfloat16(1.0f));
-  };
-  std::vector<BFloat16> x = ones(rows * depth), weights = ones(copies * outputs * depth);
+  const BFloat16 one = to_bfloat16(1.0f);
+  // x as a model has it, and the weights at no special address, as in a file.
+  const std::int64_t x_stride = ctx.operand_stride(DType::kBFloat16, depth);
+  const Memory x_memory = ctx.allocate(static_cast<std::size_t>(rows * x_stride) * sizeof(one));
+  auto* x = static_cast<BFloat16*>(x_memory.get());
+  std::fill_n(x, rows * x_stride, one);
+  std::vector<BFloat16> weights(static_cast<std::size_t>(copies * outputs * depth), one);
   std::vector<float> out(static_cast<std::size_t>(rows * outputs));
   std::vector<double> seconds;
   for (std::int64_t round = -1; round < rounds; ++round) {
@@ -176,7 +179,7 @@ std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::i
       Weight weight;
       weight.blocks[0] = {weights.data() + copy * outputs * depth, outputs, nullptr};
       weight.depth = depth;
-      matmul(ctx, {x.data(), DType::kBFloat16, rows, depth, depth}, weight,
+      matmul(ctx, {x, DType::kBFloat16, rows, depth, x_stride}, weight,
              {out.data(), DType::kFloat32, rows, outputs, outputs});
     }
     const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;

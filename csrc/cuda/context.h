@@ -48,6 +48,9 @@ class CudaContext {
   // bytes and what is free.
   Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
 
+  // How far apart the rows of a product's x lie, in elements.
+  std::int64_t operand_stride(DType /*dtype*/, std::int64_t cols) const { return cols; }
+
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType compute) const { return compute; }
 

@@ -17,9 +17,9 @@ namespace tinyvllm {
 
 template <typename Context>
 Transformer<Context>::Buffer::Buffer(const Context& ctx, DType dtype, std::int64_t rows,
-                                     std::int64_t cols)
-    : memory(ctx.allocate(static_cast<std::size_t>(rows * cols) * size_of(dtype))),
-      view{memory.get(), dtype, rows, cols, cols} {}
+                                     std::int64_t cols, std::int64_t row_stride)
+    : memory(ctx.allocate(static_cast<std::size_t>(rows * row_stride) * size_of(dtype))),
+      view{memory.get(), dtype, rows, cols, row_stride} {}
 
 template <typename Context>
 Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config, Weights weights,

@@ -61,26 +61,34 @@ class Transformer {
   struct Buffer {
     Memory memory;
     MutTensorView view;
-    Buffer(const Context& ctx, DType dtype, std::int64_t rows, std::int64_t cols);
+    Buffer(const Context& ctx, DType dtype, std::int64_t rows, std::int64_t cols)
+        : Buffer(ctx, dtype, rows, cols, cols) {}
+    Buffer(const Context& ctx, DType dtype, std::int64_t rows, std::int64_t cols,
+           std::int64_t row_stride);
     std::int64_t bytes() const {
-      return view.rows * view.cols * static_cast<std::int64_t>(size_of(view.dtype));
+      return view.rows * view.row_stride * static_cast<std::int64_t>(size_of(view.dtype));
     }
+  };
+  // One that is the x of a matrix product.
+  struct Operand : Buffer {
+    Operand(const Context& ctx, DType dtype, std::int64_t rows, std::int64_t cols)
+        : Buffer(ctx, dtype, rows, cols, ctx.operand_stride(dtype, cols)) {}
   };
 
   const Context& ctx_;
   const ModelConfig config_;
   const Weights weights_;
 
-  Buffer residual_;         // [max_tokens, hidden]                               float32
-  Buffer normalized_;       // [max_tokens, hidden]                               compute
-  Buffer cos_sin_;          // [max_tokens, head_dim]                             float32
-  Buffer qkv_;              // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  product
-  Buffer attention_;        // [max_tokens, num_heads * head_dim]                 compute
-  Buffer gate_up_;          // [max_tokens, 2 intermediate]                       product
-  Buffer activated_;        // [max_tokens, intermediate]                         compute
-  Buffer last_residual_;    // [max_logit_rows, hidden]                           float32
-  Buffer last_normalized_;  // [max_logit_rows, hidden]                           compute
-  Buffer logits_;           // [max_logit_rows, vocab]                            float32
+  Buffer residual_;          // [max_tokens, hidden]                               float32
+  Operand normalized_;       // [max_tokens, hidden]                               compute
+  Buffer cos_sin_;           // [max_tokens, head_dim]                             float32
+  Buffer qkv_;               // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  product
+  Operand attention_;        // [max_tokens, num_heads * head_dim]                 compute
+  Buffer gate_up_;           // [max_tokens, 2 intermediate]                       product
+  Operand activated_;        // [max_tokens, intermediate]                         compute
+  Buffer last_residual_;     // [max_logit_rows, hidden]                           float32
+  Operand last_normalized_;  // [max_logit_rows, hidden]                           compute
+  Buffer logits_;            // [max_logit_rows, vocab]                            float32
 };
 
 }  // namespace tinyvllm

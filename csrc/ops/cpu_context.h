@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -24,6 +25,15 @@ class CpuContext {
   // Memory that is reserved here and taken from the system when first used. Throws CapacityError
   // with the purpose and the bytes.
   Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
+
+  // How far apart the rows of a product's x lie, in elements: an odd number of cache lines, so that
+  // the rows of a tile do not all fall into one set of the L1 cache, as rows 4 KiB apart do.
+  std::int64_t operand_stride(DType dtype, std::int64_t cols) const {
+    constexpr std::int64_t kLine = 64;
+    const auto size = static_cast<std::int64_t>(size_of(dtype));
+    const std::int64_t lines = (cols * size + kLine - 1) / kLine;
+    return (lines | 1) * kLine / size;
+  }
 
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }

@@ -92,11 +92,12 @@ def test_row_blocks_are_stacked_each_with_its_bias_or_none(
 
 
 @pairs
+@pytest.mark.parametrize("depth", [101, 1030])  # long rows are cut into other tiles
 def test_a_row_gives_the_same_bits_in_every_batch(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
 ) -> None:
-    x = random(rng, (70, 101), x_dtype)
-    w = random(rng, (29, 101), w_dtype)
+    x = random(rng, (70, depth), x_dtype)
+    w = random(rng, (29, depth), w_dtype)
     alone = np.concatenate([multiply(device, x[m : m + 1], w) for m in range(70)])
     for size in range(1, 71):
         assert same_bits(multiply(device, x[:size], w), alone[:size]), f"a batch of {size}"

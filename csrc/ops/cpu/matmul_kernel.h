@@ -3,9 +3,9 @@
 //
 // The weights come from main memory, or at best from the L3 cache, and are read once for all rows
 // of x that fit the L2 cache. Two things make that fast (docs/performance-cpu.md has the numbers):
-// the outputs of a tile lie a run of rows apart, so that each is a long contiguous stream, which
-// the hardware prefetches across pages; and where a tile's weights are used again for more rows of
-// x, the next ones are prefetched meanwhile.
+// with few rows of x, the outputs of a tile lie a run of rows apart, so that each is a long
+// contiguous stream, which the hardware prefetches across pages; and where a tile's weights are
+// used again for more rows of x, the next ones are prefetched meanwhile, twice.
 #pragma once
 
 #include "ops/cpu/kernels.h"
@@ -98,15 +98,15 @@ struct Group {
   std::int64_t n, run;
 };
 
-// What a tile prefetches into the L2 cache while it computes: two rows of weights, at the pace at
-// which it reads its own. A faster pace or a nearer cache was slower: the hardware drops or delays
-// what comes in bursts.
+// What a tile prefetches into the L2 cache while it computes: rows of weights, at the pace at which
+// it reads its own. A nearer cache or a faster pace was slower.
 struct Prefetch {
-  const char *first, *second;
+  const char* rows[kTileOutputs];
 
+  template <int kCount>
   TINYVLLM_INLINE void at(std::int64_t bytes) const {
-    __builtin_prefetch(first + bytes, 0, 2);
-    __builtin_prefetch(second + bytes, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(rows[i] + bytes, 0, 2);
   }
 };
 
@@ -129,18 +129,18 @@ TINYVLLM_INLINE void add_step(Float (&sums)[kRows][kOutputs], const X* x, std::i
 }
 
 // The outputs [kRows, kOutputs] at row m of the share and of one group.
-template <int kRows, int kOutputs, bool kPrefetch, typename X, typename W>
-void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Prefetch prefetch) {
+template <int kRows, int kOutputs, int kPrefetch, typename X, typename W>
+void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group,
+                 const Prefetch& prefetch) {
   constexpr int kStep = Product<X, W>::kStep;
   const X* x = share.x + m * share.x_stride;
   const W* weight = share.weight + group.n * share.depth;
   const std::int64_t weight_stride = group.run * share.depth;
   Float sums[kRows][kOutputs] = {};
   std::int64_t k = 0;
+  const Prefetch ahead = prefetch;
   for (; k + kStep <= share.depth; k += kStep) {
-    if constexpr (kPrefetch) {
-      prefetch.at(k * static_cast<std::int64_t>(sizeof(W)));
-    }
+    ahead.at<kPrefetch>(k * static_cast<std::int64_t>(sizeof(W)));
     add_step<kRows, kOutputs>(sums, x + k, share.x_stride, weight + k, weight_stride);
   }
   if (k < share.depth) {  // the last, partial step: padded with zeros, which add nothing
@@ -169,14 +169,18 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group, Pr
       for (int o = 0; o < kOutputs; ++o) old[o] = out[o * group.run];
       totals = old + totals;
     }
+    if (kOutputs == kTileOutputs && group.run == 1) {
+      __builtin_memcpy(out, &totals, sizeof(totals));
+    } else {
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) out[o * group.run] = totals[o];
+      for (int o = 0; o < kOutputs; ++o) out[o * group.run] = totals[o];
+    }
   }
 }
 
-template <int kRows, int kOutputs, bool kPrefetch, typename X, typename W>
+template <int kRows, int kOutputs, int kPrefetch, typename X, typename W>
 void matmul_tile_of(std::int64_t rows, const MatmulShare<X, W>& share, std::int64_t m, Group group,
-                    Prefetch prefetch) {
+                    const Prefetch& prefetch) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
       return matmul_tile_of<kRows - 1, kOutputs, kPrefetch>(rows, share, m, group, prefetch);
@@ -185,30 +189,65 @@ void matmul_tile_of(std::int64_t rows, const MatmulShare<X, W>& share, std::int6
   matmul_tile<kRows, kOutputs, kPrefetch>(share, m, group, prefetch);
 }
 
-// Rows m to m + num_rows against one group, in tiles that are as equal as can be. Where there are
-// several, they share out the prefetching of the group at `next`, unless that is null.
+// How rows of x are cut into tiles that are as equal as can be: the first `larger` of them have one
+// row more than the others. Three long rows or more make two tiles at least: where one tile does all,
+// nothing is prefetched and the memory waits. With short rows the end of a second tile costs more.
+struct Tiles {
+  std::int64_t count, rows, larger;
+};
+
+inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
+  std::int64_t count = (num_rows + kTileRows - 1) / kTileRows;
+  if (count == 1 && num_rows > 2 && depth >= 1024) count = 2;
+  return {count, num_rows / count, num_rows % count};
+}
+
+// The rows from m on against one group. Where there are several tiles, they share out the rows of
+// the group at `next`, unless that is null, and each prefetches its share and that of the tile
+// before it: the hardware drops a prefetch when it is busy, so that every row needs a second chance.
+// With more than four tiles there is time enough for one to suffice.
 template <int kOutputs, typename X, typename W>
-void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, std::int64_t num_rows,
-                  Group group, const W* next) {
-  const std::int64_t tiles = (num_rows + kTileRows - 1) / kTileRows;
-  const auto cut = [&](std::int64_t parts, std::int64_t tile) { return parts * tile / tiles; };
-  const auto row_of_next = [&](std::int64_t output) {
-    return reinterpret_cast<const char*>(next + output * group.run * share.depth);
-  };
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t first = cut(num_rows, tile), last = cut(num_rows, tile + 1);
-    const std::int64_t begin = cut(kOutputs, tile), end = cut(kOutputs, tile + 1);
-    if (next != nullptr && tiles > 1 && begin < end) {
-      matmul_tile_of<kTileRows, kOutputs, true>(last - first, share, m + first, group,
-                                                {row_of_next(begin), row_of_next(end - 1)});
-    } else {
-      matmul_tile_of<kTileRows, kOutputs, false>(last - first, share, m + first, group, {});
+void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& tiles, Group group,
+                  const W* next) {
+  const bool prefetches = next != nullptr && tiles.count > 1;
+  std::int64_t before = kOutputs * (tiles.count - 1) / tiles.count, begin = 0, end = 0;
+  for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
+    const std::int64_t rows = tiles.rows + (tile < tiles.larger ? 1 : 0);
+    while ((end + 1) * tiles.count <= kOutputs * (tile + 1)) ++end;
+    Prefetch prefetch{};
+    int count = 0;
+    const auto add = [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t output = first; output < last; ++output) {
+        prefetch.rows[count++] =
+            reinterpret_cast<const char*>(next + output * group.run * share.depth);
+      }
+    };
+    if (prefetches) {
+      add(begin, end);
+      if (tiles.count <= 4) add(before, tile == 0 ? kOutputs : begin);
     }
+    if (count == 0) {
+      matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch);
+    } else {
+      const int last = count - 1;
+      while (count < kTileOutputs) prefetch.rows[count++] = prefetch.rows[last];
+      if (last < 2) {
+        matmul_tile_of<kTileRows, kOutputs, 2>(rows, share, m, group, prefetch);
+      } else {
+        matmul_tile_of<kTileRows, kOutputs, 4>(rows, share, m, group, prefetch);
+      }
+    }
+    before = begin;
+    begin = end;
+    m += rows;
   }
 }
 
 // Bytes of x that stay in a core's L2 cache while the weights stream past them.
 inline constexpr std::int64_t kCacheBytes = 512 * 1024;
+// From so many tiles on the outputs of a tile are neighbours: the prefetches read ahead well enough,
+// and what a tile writes lies together.
+inline constexpr std::int64_t kManyTiles = 3;
 
 template <typename X, typename W>
 void matmul(const MatmulShare<X, W>& share) {
@@ -216,21 +255,23 @@ void matmul(const MatmulShare<X, W>& share) {
   const std::int64_t fit = kCacheBytes / row_bytes, least = 2 * kTileRows;
   const std::int64_t most_rows = fit > least ? fit : least;
   const std::int64_t blocks = (share.num_rows + most_rows - 1) / most_rows;
-  const std::int64_t run = share.num_outputs / kTileOutputs;
+  const std::int64_t groups = share.num_outputs / kTileOutputs;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t m = share.num_rows * block / blocks;
-    const std::int64_t rows = share.num_rows * (block + 1) / blocks - m;
-    for (std::int64_t n = 0; n < run; ++n) {
+    const Tiles tiles = cut_into_tiles(share.num_rows * (block + 1) / blocks - m, share.depth);
+    const bool neighbours = tiles.count >= kManyTiles;
+    const std::int64_t run = neighbours ? 1 : groups, step = neighbours ? kTileOutputs : 1;
+    for (std::int64_t group = 0; group < groups; ++group) {
       const W* next = nullptr;
-      if (n + 1 < run) {
-        next = share.weight + (n + 1) * share.depth;
+      if (group + 1 < groups) {
+        next = share.weight + (group + 1) * step * share.depth;
       } else if (block + 1 < blocks) {
         next = share.weight;
       }
-      matmul_group<kTileOutputs>(share, m, rows, {n, run}, next);
+      matmul_group<kTileOutputs>(share, m, tiles, {group * step, run}, next);
     }
-    for (std::int64_t n = run * kTileOutputs; n < share.num_outputs; ++n) {
-      matmul_group<1, X, W>(share, m, rows, {n, 0}, nullptr);
+    for (std::int64_t n = groups * kTileOutputs; n < share.num_outputs; ++n) {
+      matmul_group<1, X, W>(share, m, tiles, {n, 0}, nullptr);
     }
   }
 }
