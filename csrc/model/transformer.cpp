@@ -1,6 +1,7 @@
 #include "model/transformer.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -42,8 +43,9 @@ Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config,
 template <typename Context>
 std::int64_t Transformer<Context>::activation_bytes() const {
   std::int64_t bytes = 0;
-  for (const Buffer* buffer : {&residual_, &normalized_, &cos_sin_, &qkv_, &attention_, &gate_up_,
-                               &activated_, &last_residual_, &last_normalized_, &logits_}) {
+  for (const Buffer* buffer : std::initializer_list<const Buffer*>{
+           &residual_, &normalized_, &cos_sin_, &qkv_, &attention_, &gate_up_, &activated_,
+           &last_residual_, &last_normalized_, &logits_}) {
     bytes += buffer->bytes();
   }
   return bytes;
