@@ -4,7 +4,7 @@
 
 gemm     rate of each matrix of a model over M = 1 to 1,024 rows, beside PyTorch's (oneDNN). The
          limit is the arithmetic rate, or what reading the weights leaves time for if that is less.
-scaling  decode rate over context and over batch, beside the prediction of roofline.py.
+scaling  decode rate over context and over batch, beside the prediction of tinyvllm.model_cost.
 
 Figures go to benchmarks/results/kernels-*.json, .md, .png and .svg: {"schema": 1, "points": [...]}
 with commit, date and machine as in results.py, medians, and the limits measured beside each point.
@@ -27,10 +27,10 @@ from typing import Any
 import plots
 import results
 from results import Json
-from roofline import ModelCost
 from runner import MODELS, ROOT, Bench, PeerError, PeerSpec, read_answer
 from tinyvllm import LLM, SamplingParams, _core, dummy
 from tinyvllm.limits import MachineLimits, measure_limits
+from tinyvllm.model_cost import ModelCost
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _CONTEXTS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
@@ -152,7 +152,7 @@ def gemm_markdown(points: list[Json]) -> str:
 
 def scaling(arguments: argparse.Namespace) -> list[Json]:
     checkpoint = Bench(models=arguments.models).checkpoint(arguments.model)
-    cost = ModelCost.of(checkpoint)
+    cost = ModelCost(checkpoint)
     generator = random.Random(0)
     steps = arguments.steps
 

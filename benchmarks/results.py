@@ -9,11 +9,13 @@ one. Every row stands for itself:
                   runner.py defines them
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
-    machine         cpu, memory_bytes, device; num_threads that every peer was given
+    machine         cpu, memory_bytes, device; num_threads that every peer was given; on a GPU its
+                  name and driver
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
-    limit           the value that these limits allow (roofline.py), the median over rounds, or null
+    limit           the value that these limits allow (tinyvllm.model_cost), the median over
+                    rounds, or null
     peers           one object a peer:
       peer, version   as the adapter says
       missing         why it did not run, in which case nothing follows
@@ -39,6 +41,8 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from tinyvllm.cli.env import gpu_driver
 
 Json = dict[str, Any]
 
@@ -95,7 +99,12 @@ def machine(device: str, num_threads: int) -> Json:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal:"):
             memory = int(line.split()[1]) * 1024
-    return {"cpu": cpu, "memory_bytes": memory, "device": device, "num_threads": num_threads}
+    where = {"cpu": cpu, "memory_bytes": memory, "device": device, "num_threads": num_threads}
+    if device == "cuda":
+        found = gpu_driver()
+        where["gpu"] = ", ".join(gpu["name"] for gpu in found["devices"]) or "unknown"
+        where["driver"] = found["driver"]
+    return where
 
 
 # --- Markdown -------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ def shown(value: float | None, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 1e9:.2f} GB"
     if unit == "s":
-        return f"{value:.2f} s"
+        return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.2f} ms"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -136,17 +145,11 @@ def to_markdown(rows: list[Json]) -> str:
         {peer["version"] for row in rows for peer in row["peers"] if "version" in peer}
     )
     machines = sorted({_machine_line(row) for row in rows})
-    reads = [value for row in rows for value in row["limits"]["read_bandwidth_bytes_per_second"]]
-    rates = [value for row in rows for value in row["limits"]["bf16_flops_per_second"]]
     lines += ["", "A figure without a unit is tokens a second. A ratio says how many times better "]
     lines[-1] += "tinyvllm is than that peer in the same rounds; the last column is the least of "
     lines[-1] += "them. The limit is what the machine allows, measured in the same rounds"
-    if reads:
-        lines[-1] += (
-            f": it read {min(reads) / 1e9:.0f} to {max(reads) / 1e9:.0f} GB/s and multiplied "
-            f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s"
-        )
-    lines[-1] += "."
+    limits = _limits_line(rows)
+    lines[-1] += f": it {limits}." if limits else "."
     lines += ["", *(f"- {line}" for line in machines), *(f"- {version}" for version in versions)]
     lines += [f"- {row['row']}: {note}" for row in rows for note in _notes(row)]
     return "\n".join(lines) + "\n"
@@ -158,6 +161,33 @@ def best_ratio(row: Json) -> float | None:
     return min(ratios, default=None)
 
 
+def _limits_line(rows: list[Json]) -> str:
+    reads = [value for row in rows for value in row["limits"]["read_bandwidth_bytes_per_second"]]
+    rates = [value for row in rows for value in row["limits"]["bf16_flops_per_second"]]
+    if not reads:
+        return ""
+    return (
+        f"read {min(reads) / 1e9:.0f} to {max(reads) / 1e9:.0f} GB/s and multiplied "
+        f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s"
+    )
+
+
+def measured_where(rows: list[Json]) -> str:
+    """The caption of a plot: model, machine and limits."""
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{row['machine']['cpu']}, {row['machine']['num_threads']} threads" for row in rows
+        )
+    )
+    rounds = max(len(peer.get("values", [])) for row in rows for peer in row["peers"])
+    return (
+        f"Random weights in the shape of {models}, bfloat16; {machines}. Bars are medians of "
+        f"{rounds} rounds, thin lines go from the least to the most. The strip behind a bar is "
+        f"what the machine allows: in these rounds it {_limits_line(rows)}."
+    )
+
+
 def _cell(peer: Json, unit: str) -> str:
     if "missing" in peer:
         return "did not run"
@@ -167,16 +197,34 @@ def _cell(peer: Json, unit: str) -> str:
     return text if peer.get("ratio") is None else f"{text} ({peer['ratio']:.2f}x)"
 
 
+def _agreement_line(row: Json) -> str:
+    """What was checked: tokens counted, and greedy ones compared."""
+    peers = [peer for peer in row["peers"] if peer.get("agreement")]
+    same = ", ".join(
+        f"{peer['peer']} {peer['agreement']['identical']} of {peer['agreement']['sequences']}"
+        for peer in peers
+    )
+    gap = max(peer["agreement"]["largest_gap"] for peer in peers)
+    first = f"; the others part at a near tie, of {gap:.2f} nats at the most" if gap else ""
+    count = row["peers"][0]["tokens"]["output"]
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return f"{tokens} from each engine; sequences with the very same: {same}{first}"
+
+
 def _machine_line(row: Json) -> str:
     where = row["machine"]
+    gpu = f"{where['gpu']}, driver {where['driver']}, beside " if "gpu" in where else ""
     return (
-        f"{where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, device {where['device']}, "
-        f"{where['num_threads']} threads; commit {row['commit']}, {row['date'].split()[0]}"
+        f"{gpu}{where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, device "
+        f"{where['device']}, {where['num_threads']} threads; commit {row['commit']}, "
+        f"{row['date'].split()[0]}"
     )
 
 
 def _notes(row: Json) -> list[str]:
     notes = []
+    if any(peer.get("agreement") for peer in row["peers"]):
+        notes.append(_agreement_line(row))
     for peer in row["peers"]:
         if "missing" in peer:
             notes.append(f"{peer['peer']} did not run: {peer['missing']}")

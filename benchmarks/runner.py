@@ -30,13 +30,14 @@ from typing import IO, Any
 import results
 from peers.peer import Outcome, TokenIds, Work
 from results import Json
-from roofline import ModelCost
 from tinyvllm import dummy
 from tinyvllm._core import default_num_threads
 from tinyvllm.limits import MachineLimits, measure_limits
+from tinyvllm.model_cost import ModelCost
 
 ROOT = Path(__file__).parent
 MODELS = ROOT.parent / "build" / "models"
+TRIALS = ROOT.parent / "build" / "benchmarks"  # what --scaled-by writes: no results
 
 # The largest gap between the likeliest token and another engine's choice, in nats, that is still a
 # matter of rounding. bfloat16 moves the logits of these models, whose standard deviation is 3, by
@@ -158,7 +159,7 @@ class Row:
 
     def limit(self, work: Work, cost: ModelCost, limits: MachineLimits) -> float | None:
         if self.measures == "memory":
-            return float(cost.weight_bytes())
+            return float(cost.step_bytes)
         if self.measures in ("load", "start", "start_text"):
             return None
         lengths = [len(prompt) for prompt in work.prompts]
@@ -443,7 +444,7 @@ class Bench:
         self, row: Row, work: Work, checkpoint: Path, columns: list[_Column]
     ) -> list[MachineLimits]:
         limits = []
-        expected: TokenIds | None = None
+        arrived: dict[str, TokenIds] = {}  # of each peer: the prompt's ids, and the first token
         given = (
             ["--text", _TEXT]
             if row.measures == "start_text"
@@ -453,7 +454,7 @@ class Bench:
             if number >= 0:
                 limits.append(self._limits())
             for column in columns if number < 0 else _rotated(columns, number):
-                if column.missing or column.refused:
+                if column.missing:
                     continue
                 arguments = [*self._arguments(column.spec, checkpoint, row), *given]
                 began = time.perf_counter()
@@ -468,23 +469,43 @@ class Bench:
                     continue
                 finally:
                     process.communicate()
-                if expected is None:
-                    expected = token_ids
-                if token_ids[:-1] != expected[:-1]:
-                    column.refused = (
-                        f"its prompt has {len(token_ids) - 1} tokens, not the same "
-                        f"{len(expected) - 1}"
-                    )
-                    continue
+                arrived[column.spec.name] = token_ids
                 column.output_tokens = 1
-                column.agreement = {
-                    "sequences": 1,
-                    "identical": int(token_ids == expected),
-                    "shortest_common_prefix": int(token_ids == expected),
-                }
                 if number >= 0:
                     column.values.append(load_seconds if row.measures == "load" else seconds)
+        self._check_starts(row, checkpoint, columns, arrived)
         return limits
+
+    def _check_starts(
+        self, row: Row, checkpoint: Path, columns: list[_Column], arrived: dict[str, TokenIds]
+    ) -> None:
+        """The same prompt and, up to a near tie, the same first token."""
+        *prompt, token = arrived[columns[0].spec.name]
+        work, ours = Work([prompt], [1]), Outcome([[token]], 0.0, 0.0)
+
+        def near_misses(prompts: list[TokenIds], tokens: TokenIds) -> list[float]:
+            reference = PeerProcess(
+                columns[0].spec, self._arguments(columns[0].spec, checkpoint, row)
+            )
+            try:
+                return reference.near_misses(prompts, tokens)
+            finally:
+                reference.close()
+
+        for column in columns[1:]:
+            if column.missing:
+                continue
+            *own_prompt, own_token = arrived[column.spec.name]
+            if own_prompt != prompt:
+                column.refused = (
+                    f"its prompt has {len(own_prompt)} tokens, not the same {len(prompt)}"
+                )
+                continue
+            theirs = Outcome([[own_token]], 0.0, 0.0)
+            try:
+                column.agreement = check_agreement(work, ours, theirs, near_misses)
+            except DifferentWorkError as error:
+                column.refused = str(error)
 
     def _limits(self) -> MachineLimits:
         return self.limits() if self.limits else measure_limits(self.device, self.num_threads)
@@ -497,7 +518,7 @@ class Bench:
         columns: list[_Column],
         limits: list[MachineLimits],
     ) -> Json:
-        cost = ModelCost.of(checkpoint)
+        cost = ModelCost(checkpoint)
         allowed = [row.limit(work, cost, each) for each in limits]
         first = columns[0]
         smaller_is_better = row.unit != "tok/s"
@@ -579,7 +600,8 @@ def parse(
         type=int,
         default=1,
         metavar="N",
-        help="divide lengths and sequences by N, to try a script where its rows take too long",
+        help="divide lengths and sequences by N, to try a script where its rows take too long; its "
+        "files then go to build/benchmarks",
     )
     parser.add_argument("--model", help="a directory of --models instead of each row's own")
     parser.add_argument("--models", type=Path, default=MODELS, help="where weights are written")
@@ -601,14 +623,18 @@ def main(
     peers: Sequence[str],
     output: Path,
     device: str = "cpu",
-) -> list[Json]:
-    """Runs the rows that the command line names, prints each when done, and writes the files."""
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Runs the rows that the command line names, prints each when done, and writes the files.
+
+    finish: is called with the path of the JSON when all is written.
+    """
     arguments = parse(description, rows, peers, device)
     if arguments.list:
         for row in rows:
             print(f"{row.name:16s} {row.what}")
         sys.exit(0)
-    path = arguments.output or output
+    path = arguments.output or (output if arguments.scaled_by == 1 else TRIALS / output.name)
     specs = [
         dataclasses.replace(PEERS[name], python=arguments.peers_python)
         if arguments.peers_python and name != "tinyvllm"
@@ -637,12 +663,12 @@ def main(
         print_row(result)
         results.put_row(path, result, [row.name for row in rows])
         refused = refused or any(peer.get("refused") for peer in result["peers"])
-    all_rows = results.read_rows(path)
-    path.with_suffix(".md").write_text(results.to_markdown(all_rows))
+    path.with_suffix(".md").write_text(results.to_markdown(results.read_rows(path)))
+    if finish is not None:
+        finish(path)
     if refused:
         print("error: a peer did other work and was not compared; see above", file=sys.stderr)
         sys.exit(1)
-    return all_rows
 
 
 def _command(rounds: int) -> str:

@@ -27,12 +27,13 @@ import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, _core, dummy
 from tinyvllm.cli import bench_report
-from tinyvllm.cli.bench_cost import Cost, ModelCost
 from tinyvllm.cli.bench_run import RequestTimes, Run
 from tinyvllm.cli.bench_work import Work, random_work, work_of_file
 from tinyvllm.cli.options import LengthRange, Lengths
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.limits import MachineLimits
+from tinyvllm.llm import BUNDLED_MODEL
+from tinyvllm.model_cost import Cost, ModelCost
 
 COMMAND = [*cli_process.COMMAND, "bench"]
 Result = subprocess.CompletedProcess[bytes]
@@ -173,8 +174,7 @@ def test_statistics_are_numpys() -> None:
         "e2el": [values[-1] for values in times],
     }
     point = {"num_prompts": 7, "shared_prefix": 0}
-    with LLM() as llm:
-        cost = ModelCost(llm.directory, llm.stats())
+    cost = ModelCost(BUNDLED_MODEL)
     row = bench_report.throughput_row(point, run, cost, None)
     for name, values in samples.items():
         milliseconds = 1e3 * np.asarray(values)
@@ -213,43 +213,42 @@ def brute_force_cost(
         flops += layers * heads * in_sight * 2 * (2 * head_dim)
         if position >= num_prompt:
             bytes_read += layers * in_sight * 2 * kv_heads * head_dim * 2
-    return Cost(flops, bytes_read)
+    return Cost(flops, kv_bytes=bytes_read)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-v5", "qwen3", "mistral-window", "llama-biases"])
 def test_the_cost_of_a_request_is_the_sum_of_its_products(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     with LLM(family.write(tmp_path), dtype="bfloat16") as llm:
-        cost = ModelCost(llm.directory, llm.stats())
+        kv_bytes_per_token = llm.stats()["kv_cache_bytes_per_token"]
+    cost = ModelCost(tmp_path)
     got = cost.prefill(150) + cost.decode(150, 80)
     want = brute_force_cost(dict(family.config), 150, 0, 80)
     assert got.flops == pytest.approx(want.flops)
     assert got.bytes == pytest.approx(want.bytes)
     cached = cost.prefill(150, 32)
     assert cached.flops == pytest.approx(brute_force_cost(dict(family.config), 150, 32, 0).flops)
+    assert cached.kv_bytes == 32 * kv_bytes_per_token
 
 
 @pytest.mark.parametrize("shape", ["smollm2-135m", "llama-3.1-8b"], ids=["tied", "untied"])
 def test_a_step_reads_every_matrix_once(shape: str, tmp_path: Path) -> None:
     config = dummy.NAMED_CONFIGS[shape]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    info = {"dtype": "bfloat16", "checkpoint_dtype": "bfloat16", "kv_cache_bytes_per_token": 1}
-    cost = ModelCost(tmp_path, info)
+    cost = ModelCost(tmp_path)
     shapes = {k: v for k, v in dummy.tensor_shapes(config).items() if len(v) == 2}
     elements = sum(rows * columns for rows, columns in shapes.values())
     vocab, hidden = shapes["model.embed_tokens.weight"]
     looked_up = 0 if config["tie_word_embeddings"] else vocab * hidden
     assert cost.num_parameters == elements
     assert cost.step_bytes == 2 * (elements - looked_up)
-    assert ModelCost(tmp_path, {**info, "dtype": "float32"}).step_bytes == cost.step_bytes
-    both = {**info, "dtype": "float32", "checkpoint_dtype": "float32"}
-    assert ModelCost(tmp_path, both).step_bytes == 2 * cost.step_bytes
+    assert ModelCost(tmp_path, "float32", "bfloat16").step_bytes == cost.step_bytes
+    assert ModelCost(tmp_path, "float32", "float32").step_bytes == 2 * cost.step_bytes
 
 
 def test_shares_are_the_ideal_time_over_the_measured_one(tmp_path: Path) -> None:
     """Two requests whose prompts are computed in 2 s, and 3 steps that decode in 3 s."""
-    with LLM(FAMILIES["llama-3.2-v5"].write(tmp_path)) as llm:
-        cost = ModelCost(llm.directory, llm.stats())
+    cost = ModelCost(FAMILIES["llama-3.2-v5"].write(tmp_path))
     run = Run(Work([[1] * 40] * 2, [4, 4]))
     for request in run.requests:
         request.token_times, request.ended = [2.0, 3.0, 4.0, 5.0], 5.0
@@ -266,9 +265,15 @@ def test_shares_are_the_ideal_time_over_the_measured_one(tmp_path: Path) -> None
     assert row["decode_throughput"] == pytest.approx(6 / 3)
 
 
+@pytest.mark.parametrize(("share", "said"), [(1.05, False), (1.5, True)])
+def test_a_share_that_memory_cannot_give_is_explained(share: float, said: bool) -> None:
+    assert bench_report._reads_from_caches({"bandwidth_share": share}) is said
+    row = {"prefill_bandwidth_share": None, "decode_bandwidth_share": share}
+    assert bench_report._reads_from_caches(row) is said
+
+
 def test_a_request_that_failed_counts_as_failed_only() -> None:
-    with LLM() as llm:
-        cost = ModelCost(llm.directory, llm.stats())
+    cost = ModelCost(BUNDLED_MODEL)
     run = Run(Work([[1], [2]], [1, 1]))
     run.requests[0] = RequestTimes(1, [0.5], ended=0.5)
     run.requests[1] = RequestTimes(1, [], ended=0.0, error=ValueError("no"))

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from families import FAMILIES
+from tinyvllm import dummy
 from tinyvllm.limits import MachineLimits
+from tinyvllm.model_cost import ModelCost
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FAKE = ("fake", "fake_peer")  # a name, and the module tests/fake_peer.py
@@ -30,7 +32,7 @@ def _module(name: str) -> Any:
 
 runner: Any = _module("runner")
 results: Any = _module("results")
-roofline: Any = _module("roofline")
+compare: Any = _module("compare")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,15 @@ def test_a_peer_that_does_less_work_is_refused(models: Path, behaviour: str, rea
     assert "refused" in results.to_markdown([result])
 
 
+def test_a_peer_whose_first_token_is_another_one_has_not_started_the_same_work(
+    models: Path,
+) -> None:
+    result = run(models, "guesses", measures="start", num_prompts=1, max_tokens=1)
+    (_, theirs) = result["peers"]
+    assert "nats less likely" in theirs["refused"]
+    assert "values" not in theirs
+
+
 def test_the_command_ends_with_an_error_where_a_peer_is_refused(
     models: Path,
     tmp_path: Path,
@@ -114,6 +125,23 @@ def test_the_command_ends_with_an_error_where_a_peer_is_refused(
     assert stopped.value.code == 1
     assert "REFUSED" in capsys.readouterr().out
     assert "refused" in (tmp_path / "out.md").read_text()
+
+
+def test_a_trial_leaves_the_results_alone(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner, "TRIALS", tmp_path / "trials")
+    arguments = ["--models", str(models), "--rounds", "1", "--peers", "--scaled-by", "2"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+    finished: list[Path] = []
+    runner.main("A.", [row()], [], tmp_path / "results" / "out.json", finish=finished.append)
+    assert finished == [tmp_path / "trials" / "out.json"]
+    assert finished[0].with_suffix(".md").exists()
+    assert not (tmp_path / "results").exists()
+    assert "all divided by 2" in capsys.readouterr().out
 
 
 def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Path) -> None:
@@ -173,11 +201,13 @@ def test_rows_of_whole_processes(models: Path, measures: str) -> None:
     assert low < result["peers"][0]["median"] < high
 
 
-def test_limits_of_a_known_model() -> None:
+def test_limits_of_a_known_model(tmp_path: Path) -> None:
     """Llama-3.2-1B by hand: a step reads 2.47 GB, a token costs 1.95 GFLOP in the layers."""
-    cost = roofline.ModelCost(973_078_528, 2048 * 128_256, 16 * 2 * 8 * 64, 16 * 32 * 64)
+    config = dummy.NAMED_CONFIGS["llama-3.2-1b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cost = ModelCost(tmp_path)
     limits = MachineLimits(29.5e9, 450e9)
-    assert cost.weight_bytes() == pytest.approx(2.4715e9, rel=1e-3)
+    assert cost.step_bytes == pytest.approx(2.4715e9, rel=1e-3)
     decode = 63 / cost.decode_seconds(limits, [16], [63])
     assert decode == pytest.approx(11.9, rel=0.01)
     prefill = 512 / cost.prefill_seconds(limits, [512])
@@ -185,17 +215,6 @@ def test_limits_of_a_known_model() -> None:
     batch = row(num_prompts=32, prompt_len=32, max_tokens=64)
     batched = batch.limit(batch.work(128_256), cost, limits)
     assert batched == pytest.approx(130, rel=0.03)
-
-
-def test_the_cost_of_a_checkpoint_is_that_of_its_tensors(models: Path) -> None:
-    cost = roofline.ModelCost.of(models / "tiny")
-    config = FAMILIES[FAMILY].config
-    from tinyvllm.dummy import tensor_shapes
-
-    shapes = tensor_shapes(config)
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    in_layers = sum(a * b for name, (a, b) in matrices.items() if ".layers." in name)
-    assert cost.layer_parameters == in_layers
 
 
 def test_a_results_file_says_nothing_of_who_and_where(models: Path, tmp_path: Path) -> None:
@@ -229,3 +248,47 @@ def test_prompts_are_the_same_in_every_run_and_without_special_tokens() -> None:
     first, second = (row(prompt_len=64).work(384) for _ in range(2))
     assert first == second
     assert all(token > 100 for prompt in first.prompts for token in prompt)
+
+
+# --- The comparison in the README -----------------------------------------------------------------
+
+
+def test_the_readme_shows_what_compare_has_measured() -> None:
+    """Before the first run, nothing; after it the plot, and the table of its JSON."""
+    rows = results.read_rows(results.DIRECTORY / "compare.json")
+    readme = compare.README.read_text(encoding="utf-8")
+    assert compare.pasted(readme, rows) == readme
+    for suffix in (".md", ".png", ".svg"):
+        assert (results.DIRECTORY / f"compare{suffix}").exists() == bool(rows)
+    if rows:
+        table = (results.DIRECTORY / "compare.md").read_text()
+        assert table == results.to_markdown(rows)
+        assert table in readme
+
+
+def test_figures_take_the_place_of_the_old_ones(models: Path) -> None:
+    result = run(models, "honest")
+    readme = f"before\n{compare._BEGIN}old\n{compare._END}after\n"
+    new = compare.pasted(readme, [result])
+    assert new.startswith("before\n")
+    assert new.endswith("after\n")
+    assert results.to_markdown([result]) in new
+    assert "compare.svg" in new
+    assert "old" not in new
+    assert compare.pasted(new, [result]) == new
+    with pytest.raises(ValueError, match=r"README\.md has no"):
+        compare.pasted("before\n", [result])
+
+
+def test_the_table_and_the_plot_say_what_was_checked_and_where(models: Path) -> None:
+    result = run(models, "honest")
+    assert "12 tokens from each engine; sequences with the very same: fake 2 of 2\n" in (
+        results.to_markdown([result])
+    )
+    result["peers"][1]["agreement"].update(identical=1, largest_gap=0.25)
+    assert "fake 1 of 2; the others part at a near tie, of 0.25 nats at the most" in (
+        results.to_markdown([result])
+    )
+    caption = results.measured_where([result])
+    assert "medians of 2 rounds" in caption
+    assert "it read 1 to 1 GB/s and multiplied 100 to 100 GFLOP/s" in caption

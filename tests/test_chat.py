@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.conversation import Conversation
-from tinyvllm.cli.terminal import printable
+from tinyvllm.cli.terminal import Stopped, printable
 from tinyvllm.cli.word_wrap import WordWrap
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
@@ -373,6 +374,19 @@ def test_sigterm_ends_it_with_the_terminal_as_it_was(
     assert chat.is_as_before
 
 
+def test_a_signal_is_not_lost_in_a_callback_of_the_line_editors_event_loop() -> None:
+    def callback() -> None:
+        raise Stopped(143)
+
+    async def prompt() -> None:
+        asyncio.get_running_loop().call_soon(callback)
+        await asyncio.sleep(1)
+
+    with pytest.raises(Stopped) as stopped:
+        asyncio.run(prompt())
+    assert stopped.value.exit_code == 143
+
+
 def test_stats_show_that_a_turn_pays_only_for_its_new_tokens(
     terminal: Callable[..., Terminal],
 ) -> None:
@@ -443,6 +457,23 @@ def test_system_help_and_what_is_no_command(terminal: Callable[..., Terminal]) -
     chat.expect("cut off after 5 tokens")
     chat.line(" /help")
     chat.expect("cut off after 5 tokens")
+
+
+def test_tab_completes_commands_and_files(
+    terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    (tmp_path / "conversation.json").write_text('[{"role": "user", "content": "Hello there"}]')
+    chat = terminal("--quiet")
+    chat.prompt()
+    chat.send("/he\t")
+    chat.expect("lp")  # the editor may draw what is new only
+    chat.send("\r")
+    chat.expect(r"/reset +begin anew")
+    chat.prompt()
+    chat.send(f"/load {tmp_path}/conv\t")
+    chat.expect(r"ersation\.json")
+    chat.send("\r")
+    chat.expect("1 message read from")
 
 
 def test_a_message_may_have_several_lines(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +210,32 @@ def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
         _core.Engine(model, device="cuda", num_blocks=2**31 - 1, max_model_len=128)
     rows = [line.split()[0] for line in str(caught.value).splitlines()[1:]]
     assert rows == ["weights", "KV", "workspace", "free"]
+
+
+# --- The memory plan ------------------------------------------------------------------------------
+
+STATS = """
+import json, sys
+from tinyvllm import LLM
+with LLM(sys.argv[1], device="cuda", max_num_seqs=64, max_num_batched_tokens=128) as llm:
+    print(json.dumps(llm.stats()))
+"""
+
+
+def test_inspect_plans_what_the_engine_takes_of_the_gpu(tmp_path: Path) -> None:
+    """64 KiB of keys and values a token, and sequences that want more of them than any GPU has."""
+    wide = {"num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = {**CONFIG, **wide, "head_dim": 128, "max_position_embeddings": 65536}
+    model = str(write_checkpoint(tmp_path / "wide", config, dtype="bfloat16"))
+    limits = ["--max-num-seqs", "64", "--max-num-batched-tokens", "128", "--device", "cuda"]
+
+    def output_of(*arguments: str) -> Any:
+        result = subprocess.run([sys.executable, *arguments], capture_output=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    plan = output_of("-m", "tinyvllm.cli", "inspect", model, *limits, "--json")["memory"]
+    real = output_of("-c", STATS, model)
+    assert plan["kv_limit"] == "utilization"
+    assert plan["weights"] == pytest.approx(real["copied_weight_bytes"], rel=1e-3)
+    assert plan["kv_tokens"] == pytest.approx(real["kv_cache_tokens"], rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ def test_it_says_what_the_core_says() -> None:
     assert found["schema"] == 1
     assert found["versions"]["tinyvllm"] == _core.__version__ == found["build"]["core"]
     assert found["build"]["kernels"] == _core.supported_isas()
+    assert re.match(r"(GCC|Clang|Apple).* \d+\.", found["build"]["compiler"])
     assert found["cpu"]["isa"] == _core.supported_isas()[0]
     assert found["cpu"]["threads"] == _core.default_num_threads()
     assert found["memory"]["available_to_tinyvllm"] <= found["memory"]["total"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tinyvllm import dummy, generation_config
+from tinyvllm import _core, dummy, generation_config
 from tinyvllm.llm import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "tinyvllm.cli", "inspect"]
@@ -143,6 +143,30 @@ def test_the_kv_cache_gets_what_is_left_or_less(
         assert memory["full_length_sequences"] == 4
 
 
+def test_a_gpu_that_is_elsewhere() -> None:
+    arguments = ["llama-3.1-8b", "--device", "cuda"]
+    memory = report(*arguments, "--memory", "80G")["memory"]
+    assert memory["device"] == "cuda"
+    assert memory["kv_limit"] == "utilization"
+    assert memory["weights"] == memory["copied_weights"] == pytest.approx(16.06e9, rel=1e-2)
+    assert 0.89 < memory["needed"] / memory["available"] < 0.9  # with 384 MiB for graphs
+    few = report(*arguments, "--memory", "80G", "--max-num-seqs", "2")["memory"]
+    assert few["kv_limit"] == "sequences"
+    assert few["full_length_sequences"] == 2
+    small = inspect(*arguments, "--memory", "16G")
+    assert small.returncode == 4
+    assert b"of which 90% may be used" in small.stderr
+
+
+@pytest.mark.skipif(_core.cuda_build() != "none", reason="test_cuda_engine.py asks the GPU")
+def test_a_gpu_that_is_not_there_is_exit_5() -> None:
+    result = inspect("llama-3.1-8b", "--device", "cuda")
+    assert result.returncode == 5
+    assert b"no CUDA backend" in result.stderr
+    assert b"--device cuda --memory 80G" in result.stderr
+    assert report("--device", "auto")["memory"]["device"] == "cpu"
+
+
 def test_only_headers_are_read(tmp_path: Path) -> None:
     """A checkpoint of 16 GB, of which only the header is on the disk: no page of it is missed."""
     config = {**dummy.NAMED_CONFIGS["llama-3.1-8b"], "vocab_size": 2048, "eos_token_id": 1}
@@ -253,6 +277,7 @@ def test_text_names_every_part() -> None:
         (["smollm2-135m", "--max-model-len", "16K"], 2, b"16384; it must be from 2 to 8192"),
         (["smollm2-135m", "--memory", "much"], 2, b"much"),
         (["smollm2-135m", "--max-num-seqs", "0"], 2, b"--max-num-seqs"),
+        (["--max-num-batched-tokens", "9"], 2, b"is 9; it must be at least max_num_seqs"),
     ],
 )
 def test_what_cannot_be_inspected(arguments: list[str], code: int, part: bytes) -> None:

@@ -48,6 +48,7 @@ class ThreadPool {
     void (*call)(const void* callable, std::int64_t index, int worker);
     const void* callable;
     std::int64_t count;
+    std::int64_t chunk = 1;  // successive indices that a thread takes at a time
   };
 
   // Jobs come one at a time. A thread joins the job while it is open and leaves it when no index is

@@ -84,6 +84,14 @@ void bind_cuda(py::module_& module) {
       .def_property_readonly("num_multiprocessors", &CudaContext::num_multiprocessors)
       .def_property_readonly("cublaslt",
                              [](const CudaContext& ctx) { return ctx.cublaslt().version(); });
+  module.def(
+      "cuda_memory",
+      [] {
+        const CudaContext ctx(0, false, cuda_library_directories());
+        const cuda::MemoryInfo memory = cuda::memory_info();
+        return py::make_tuple(memory.free, memory.total);
+      },
+      "The bytes of the GPU that are free beside a context, and all of them.");
   module.def("upload_and_read_back", &upload_and_read_back, py::arg("ctx"), py::arg("arrays"),
              py::arg("num_threads"));
 #if defined(TINYVLLM_CUDA_EMULATE)

@@ -48,9 +48,20 @@ py::object python_exception(const std::exception_ptr& error, const char* otherwi
 
 }  // namespace tinyvllm
 
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__;  // "Clang 14.0.6"
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
+}  // namespace
+
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of tinyvllm: checkpoints, ops, and the engine.";
   module.attr("__version__") = TINYVLLM_VERSION;
+  module.attr("compiler") = kCompiler;
   py::register_local_exception_translator(&tinyvllm::translate);
   tinyvllm::bind_checkpoint(module);
   tinyvllm::bind_cuda(module);

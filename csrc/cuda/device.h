@@ -7,7 +7,9 @@
 //   - threads of a warp that exchange values (shuffles, votes, mma, ldmatrix) do so all together;
 //   - a kernel that is launched with overlaps_previous calls wait_for_previous() before its first
 //     access to anything that an earlier kernel writes, and to anything that an earlier kernel reads
-//     and it writes.
+//     and it writes. Nor may the compiler move such an access up: what an earlier kernel writes is
+//     read neither through a pointer that is const and __restrict__ nor by a load of the read-only
+//     path (ld.global.nc), both of which promise that nobody writes while this kernel runs.
 #pragma once
 
 #include <cstdint>
@@ -51,11 +53,10 @@ __device__ inline void let_next_begin() {
 
 // --- Loads ------------------------------------------------------------------------------------------
 
-// 16 bytes that nobody writes while the kernel runs and that are read once: weights. The address is
-// aligned to 16.
+// 16 bytes that are read once. The address is aligned to 16.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
@@ -72,11 +73,16 @@ __device__ inline uint4 load_streaming(const void* address, bool valid) {
       "mov.b32 %1, 0;\n"
       "mov.b32 %2, 0;\n"
       "mov.b32 %3, 0;\n"
-      "@valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@valid ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
       "}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(address), "r"(static_cast<int>(valid)));
   return v;
+}
+
+// Asks for the 128 bytes around an address, of which some will be read soon.
+__device__ inline void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // --- bfloat16 ----------------------------------------------------------------------------------------

@@ -75,23 +75,26 @@ PinnedMemory& PinnedMemory::operator=(PinnedMemory&& other) noexcept {
 
 namespace {
 
-void copy(const CudaContext& ctx, void* to, const void* from, std::size_t bytes,
-          cudaMemcpyKind kind) {
-  check(cudaMemcpyAsync(to, from, bytes, kind, ctx.stream()), "copying");
+void copy(CUstream_st* stream, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+  check(cudaMemcpyAsync(to, from, bytes, kind, stream), "copying");
 }
 
 }  // namespace
 
 void copy_to_device(const CudaContext& ctx, void* device, const void* host, std::size_t bytes) {
-  copy(ctx, device, host, bytes, cudaMemcpyHostToDevice);
+  copy_to_device(ctx.stream(), device, host, bytes);
+}
+
+void copy_to_device(CUstream_st* stream, void* device, const void* host, std::size_t bytes) {
+  copy(stream, device, host, bytes, cudaMemcpyHostToDevice);
 }
 
 void copy_to_host(const CudaContext& ctx, void* host, const void* device, std::size_t bytes) {
-  copy(ctx, host, device, bytes, cudaMemcpyDeviceToHost);
+  copy(ctx.stream(), host, device, bytes, cudaMemcpyDeviceToHost);
 }
 
 void copy_on_device(const CudaContext& ctx, void* to, const void* from, std::size_t bytes) {
-  copy(ctx, to, from, bytes, cudaMemcpyDeviceToDevice);
+  copy(ctx.stream(), to, from, bytes, cudaMemcpyDeviceToDevice);
 }
 
 void fill_bytes(const CudaContext& ctx, void* device, int value, std::size_t bytes) {

@@ -65,6 +65,7 @@ class PinnedMemory {
 // Queued in the context's stream. The memory on both sides, the host's too, stays as it is until the
 // copy has run: until ctx.synchronize(), or an event behind it.
 void copy_to_device(const CudaContext& ctx, void* device, const void* host, std::size_t bytes);
+void copy_to_device(CUstream_st* stream, void* device, const void* host, std::size_t bytes);
 void copy_to_host(const CudaContext& ctx, void* host, const void* device, std::size_t bytes);
 void copy_on_device(const CudaContext& ctx, void* to, const void* from, std::size_t bytes);
 void fill_bytes(const CudaContext& ctx, void* device, int value, std::size_t bytes);

@@ -1,7 +1,8 @@
 // Arrays of a step that lie side by side: written into pinned memory of the host, and sent in one
-// copy to where they lie on the device. The steps in flight have a place each on the host, because a
-// copy runs later than it is queued, and share the one on the device, where a step's arrays are
-// overwritten only after it has run. In front of them is their length, for ops/host_copy.h.
+// copy to where they lie on the device. The copy goes through a stream of its own, while the step
+// before still computes: in the context's stream it would take 10 us between two steps (measured on
+// an H200). So each step in flight has a place of its own on either side, which is free again when
+// the step has been collected.
 #pragma once
 
 #include <array>
@@ -11,6 +12,7 @@
 
 #include "base/errors.h"
 #include "cuda/memory.h"
+#include "cuda/stream.h"
 
 namespace tinyvllm {
 
@@ -24,61 +26,71 @@ class StepInputs {
     T* device = nullptr;
   };
 
-  explicit StepInputs(std::size_t bytes, const char* purpose) : purpose_(purpose) {
+  // The context and the stream of the copies outlive it.
+  StepInputs(const CudaContext& ctx, const cuda::Stream& copies, std::size_t bytes,
+             const char* purpose)
+      : ctx_(ctx), copies_(copies), purpose_(purpose) {
     allocate(bytes);
   }
 
-  // The next step's arrays, up to three of them, of at most so many bytes together; 0: what was
-  // allocated at the start suffices. It grows where it must, which moves it
+  // The next step's arrays, of at most so many bytes together. It grows where it must, which moves it
   // on the device; what a graph reads has been made large enough at the start.
-  void begin(const CudaContext& ctx, std::size_t step, std::size_t bytes) {
-    bytes += 4 * kWord;  // the length, and what the arrays are rounded up by
-    if (bytes > device_.size()) {
-      ctx.synchronize();
+  void begin(std::size_t step, std::size_t bytes) {
+    if (bytes > size_) {
+      ctx_.synchronize();
       allocate(2 * bytes);
     }
-    host_base_ = host_[step % kStepsInFlight].data();
-    used_ = kWord;
+    place_ = &places_[step % kStepsInFlight];
+    used_ = 0;
   }
 
   // The next array, aligned to 16 bytes. Arrays that are added in the same order and with the same
   // sizes lie at the same addresses.
   template <typename T>
   Array<T> add(std::int64_t count) {
-    const std::size_t first = used_;
-    used_ += (static_cast<std::size_t>(count) * sizeof(T) + kWord - 1) / kWord * kWord;
-    if (used_ > device_.size()) {
+    const std::size_t first = (used_ + 15) / 16 * 16;
+    used_ = first + static_cast<std::size_t>(count) * sizeof(T);
+    if (used_ > size_) {
       throw Error("The arrays of a step take " + std::to_string(used_) +
-                  " bytes, there is room for " + std::to_string(device_.size()) + " (" + purpose_ +
-                  ").");
+                  " bytes, there is room for " + std::to_string(size_) + " (" + purpose_ + ").");
     }
-    *reinterpret_cast<std::uint32_t*>(host_base_) = static_cast<std::uint32_t>(used_ / kWord);
-    return {reinterpret_cast<T*>(host_base_ + first), reinterpret_cast<T*>(device_.data() + first)};
+    return {reinterpret_cast<T*>(place_->host.data() + first),
+            reinterpret_cast<T*>(place_->device.data() + first)};
   }
 
-  // All of them with their length, as they lie; aligned to 16 bytes.
-  const std::byte* host() const { return host_base_; }
-  std::byte* device() const { return device_.data(); }
-  std::size_t bytes() const { return used_; }
-
-  void send(const CudaContext& ctx) const {
-    cuda::copy_to_device(ctx, device_.data(), host_base_, used_);
+  // What is queued in the context's stream from now on finds them there.
+  void send() {
+    if (used_ == 0) return;
+    cuda::copy_to_device(copies_.get(), place_->device.data(), place_->host.data(), used_);
+    place_->sent.record(copies_.get());
+    place_->sent.order(ctx_.stream());
   }
 
  private:
-  static constexpr std::size_t kWord = 16;
+  struct Place {
+    cuda::PinnedMemory host;
+    cuda::DeviceMemory device;
+    cuda::Event sent;
+  };
 
   void allocate(std::size_t bytes) {
-    bytes = (bytes + kWord - 1) / kWord * kWord;
-    device_ = cuda::DeviceMemory(bytes, purpose_);
-    for (auto& host : host_) host = cuda::PinnedMemory(bytes, purpose_);
+    size_ = bytes;
+    for (Place& place : places_) {
+      place.host = cuda::PinnedMemory(bytes, purpose_);
+      place.device = cuda::DeviceMemory(bytes, purpose_);
+      // Decode attention asks for entries of its work list before it knows how many there are.
+      cuda::fill_bytes(ctx_, place.device.data(), 0, bytes);
+    }
+    ctx_.synchronize();  // the copies go through another stream
   }
 
+  const CudaContext& ctx_;
+  const cuda::Stream& copies_;
   const char* const purpose_;
-  cuda::DeviceMemory device_;
-  std::array<cuda::PinnedMemory, kStepsInFlight> host_;
-  std::byte* host_base_ = nullptr;
-  std::size_t used_ = 0;
+  std::array<Place, kStepsInFlight> places_;
+  Place* place_ = nullptr;
+  std::size_t size_ = 0;  // of a place
+  std::size_t used_ = 0;  // of this step's
 };
 
 }  // namespace tinyvllm

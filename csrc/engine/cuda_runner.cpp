@@ -74,10 +74,10 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::max(options.max_tokens, padded(options.max_draws)),
              std::max(padded(options.max_draws), kPromptLogprobRows)),
       max_blocks_((options.max_model_len + options.block_size - 1) / options.block_size),
-      step_inputs_(max_step_bytes(), "the arrays of a step"),
-      copy_inputs_(4096, "copies of blocks"),
-      edit_inputs_(4096, "changes of logits"),
-      prompt_inputs_(4096, "logprobs of prompts"),
+      step_inputs_(ctx_, copies_, max_step_bytes(), "the arrays of a step"),
+      copy_inputs_(ctx_, copies_, 4096, "copies of blocks"),
+      edit_inputs_(ctx_, copies_, 4096, "changes of logits"),
+      prompt_inputs_(ctx_, copies_, 4096, "logprobs of prompts"),
       tables_(
           static_cast<std::size_t>(padded(options.max_draws) * max_blocks_) * sizeof(std::int32_t),
           "the block tables"),
@@ -193,7 +193,7 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
   // Arrays whose size follows from the padded batch come first, so that they lie where a graph
   // knows them; the work list and the block tables behind them are as long as they are.
   StepInputs& in = step_inputs_;
-  in.begin(ctx_, num_launched_, 0);
+  in.begin(num_launched_, 0);
   const auto tokens = in.add<std::int32_t>(num_rows);
   const auto sources = in.add<std::int32_t>(num_rows);
   const auto positions = in.add<std::int32_t>(num_rows);
@@ -205,7 +205,6 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
   const auto chunk_starts = in.add<std::int32_t>(std::ssize(chunks) + 1);
   const auto chunk_tiles = in.add<std::int32_t>(2 * num_tiles);
   const auto draws = in.add<SampleRow>(pad ? num_decodes : std::ssize(plan.draws));
-  const std::size_t sure_bytes = in.bytes();
   const std::int64_t split = decode_split(num_decodes, config.num_kv_heads);
   std::int64_t num_splits_in_all = num_decodes - std::ssize(decodes);
   for (const Entry& decode : decodes) {
@@ -287,10 +286,10 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
   const SampleBatch sample_batch =
       send_draws(plan, draws, pad ? num_decodes : std::ssize(plan.draws), in_flight);
+  in.send();
   in_flight.num_draws = sample_batch.num_rows;
   const auto rows = static_cast<std::size_t>(num_rows);
-  return {.sure_bytes = sure_bytes,
-          .batch = {.tokens = {tokens.device, rows},
+  return {.batch = {.tokens = {tokens.device, rows},
                     .positions = {positions.device, rows},
                     .slots = {slots.device, rows},
                     .sequences = {.num_decodes = static_cast<std::int32_t>(num_decodes),
@@ -316,7 +315,6 @@ CudaRunner::DeviceStep CudaRunner::send(const StepPlan& plan, InFlight& in_fligh
 
 // The kernels of a step up to the logits, in the order of the stream.
 void CudaRunner::compute(const DeviceStep& step) {
-  pull_from_host(ctx_, step_inputs_.host(), step_inputs_.device(), step.sure_bytes);
   spread_block_tables(ctx_, step.table_entries, step.table_starts, step.num_sequences,
                       static_cast<std::int32_t>(max_blocks_), tables_.as<std::int32_t>());
   feed_tokens(ctx_, device_tokens(), step.sources,
@@ -347,10 +345,10 @@ void CudaRunner::compute_as_graph(const DeviceStep& step) {
 // next launch.
 void CudaRunner::copy_forked_blocks(const std::vector<BlockCopy>& copies) {
   if (copies.empty()) return;
-  copy_inputs_.begin(ctx_, num_launched_, copies.size() * sizeof(BlockCopy));
+  copy_inputs_.begin(num_launched_, copies.size() * sizeof(BlockCopy) + 16);
   const auto array = copy_inputs_.add<BlockCopy>(std::ssize(copies));
   std::copy(copies.begin(), copies.end(), array.host);
-  copy_inputs_.send(ctx_);
+  copy_inputs_.send();
   std::set<std::int32_t> read, written;
   std::size_t first = 0;
   for (std::size_t i = 0; i <= copies.size(); ++i) {
@@ -395,10 +393,10 @@ SampleBatch CudaRunner::send_draws(const StepPlan& plan, StepInputs::Array<Sampl
   }
   std::fill(rows.host + plan.draws.size(), rows.host + num_rows, SampleRow{});
   if (!edits.empty()) {
-    edit_inputs_.begin(ctx_, num_launched_, edits.size() * sizeof(LogitEdit));
+    edit_inputs_.begin(num_launched_, edits.size() * sizeof(LogitEdit));
     const auto array = edit_inputs_.add<LogitEdit>(std::ssize(edits));
     std::copy(edits.begin(), edits.end(), array.host);
-    edit_inputs_.send(ctx_);
+    edit_inputs_.send();
     batch.edits = array.device;
     batch.num_edits = static_cast<std::int32_t>(edits.size());
   }
@@ -430,7 +428,7 @@ void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
   const auto count = static_cast<std::int64_t>(plan.prompt_rows.size());
   if (count == 0) return;
   for (const PromptRow& row : plan.prompt_rows) step.num_of_prompts.push_back(row.k);
-  prompt_inputs_.begin(ctx_, num_launched_, static_cast<std::size_t>(count) * 8);
+  prompt_inputs_.begin(num_launched_, static_cast<std::size_t>(count) * 8 + 64);
   const auto rows = prompt_inputs_.add<std::int32_t>(count);
   const auto tokens = prompt_inputs_.add<std::int32_t>(count);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -438,7 +436,7 @@ void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
     rows.host[i] = device_rows_[static_cast<std::size_t>(row.row)];
     tokens.host[i] = row.token;
   }
-  prompt_inputs_.send(ctx_);
+  prompt_inputs_.send();
   make_room(prompt_logprobs_, count);
   const LogprobOutputs outputs = logprobs_at(prompt_logprobs_.device.data(), prompt_logprobs_.rows);
   for (std::int64_t first = 0; first < count; first += kPromptLogprobRows) {
@@ -509,13 +507,13 @@ void CudaRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {
     const auto count = std::min<std::int64_t>(std::ssize(rows) - static_cast<std::int64_t>(first),
                                               kPromptLogprobRows);
     ctx_.synchronize();
-    prompt_inputs_.begin(ctx_, 0, static_cast<std::size_t>(count) * sizeof(std::int32_t));
+    prompt_inputs_.begin(0, static_cast<std::size_t>(count) * sizeof(std::int32_t));
     const auto device_rows = prompt_inputs_.add<std::int32_t>(count);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int32_t row = rows[first + static_cast<std::size_t>(i)];
       device_rows.host[i] = device_rows_[static_cast<std::size_t>(row)];
     }
-    prompt_inputs_.send(ctx_);
+    prompt_inputs_.send();
     const MutTensorView logits =
         model_.logits({device_rows.device, static_cast<std::size_t>(count)});
     const std::int64_t size = logits.rows * logits.cols;

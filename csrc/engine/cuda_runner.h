@@ -60,7 +60,6 @@ class CudaRunner : public Runner {
  private:
   // A step on the device: the batch, which of its rows have logits, and what is drawn from them.
   struct DeviceStep {
-    std::size_t sure_bytes;  // of its arrays, whatever the sequences are (ops/host_copy.h)
     Batch<CudaSequences> batch;
     std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
     const std::int32_t* sources;  // of each token: a draw of the step before, or -1
@@ -109,6 +108,7 @@ class CudaRunner : public Runner {
   const std::int64_t max_blocks_;  // of a block table
   std::optional<KvCache> kv_cache_;
 
+  const cuda::Stream copies_;
   StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
   cuda::DeviceMemory results_;  // int32 tokens, one a draw, then as many errors
@@ -117,7 +117,7 @@ class CudaRunner : public Runner {
 
   struct GraphKey {
     std::int64_t num_sequences;  // padded
-    std::size_t slot;            // of the host's arrays
+    std::size_t slot;            // where its inputs and results lie
     bool draws_inside;           // not if the draws have options that depend on the request
     auto operator<=>(const GraphKey&) const = default;
   };

@@ -7,9 +7,8 @@ namespace {
 
 // A row for each block in x, cut into pieces for the blocks in y.
 template <typename T, int kWidth>
-__global__ void gather_rows_kernel(const std::int32_t* __restrict__ rows,
-                                   const T* __restrict__ table, std::int64_t table_stride,
-                                   std::int64_t cols, float* __restrict__ out,
+__global__ void gather_rows_kernel(const std::int32_t* rows, const T* table,
+                                   std::int64_t table_stride, std::int64_t cols, float* out,
                                    std::int64_t out_stride) {
   cuda::let_next_begin();
   cuda::wait_for_previous();

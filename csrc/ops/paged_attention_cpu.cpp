@@ -198,17 +198,21 @@ class PagedAttention {
   }
 
   void write(const Tile& tile, std::int64_t head_group, const AttentionState& state) const {
-    const std::int64_t dim = kv_.shape.head_dim, head_rows = tile.num_tokens * group_;
-    for (std::int64_t r = 0; r < rows_of(tile, head_group); ++r) {
-      const std::int64_t kv_head = head_group * tile.heads + r / head_rows;
-      const std::int64_t t = tile.sequence->first_token + tile.token + r / group_ % tile.num_tokens;
-      const std::int64_t column = (kv_head * group_ + r % group_) * dim;
-      float* sums = state.sums + r * attention_columns(dim);
-      if (out_.dtype == DType::kFloat32) {
-        ctx_.kernels().divide(sums, state.total[r], dim, out_.row<float>(t) + column);
-      } else {
-        ctx_.kernels().divide(sums, state.total[r], dim, sums);
-        ctx_.kernels().to_bfloat16(sums, dim, out_.row<BFloat16>(t) + column);
+    const std::int64_t dim = kv_.shape.head_dim, first_head = head_group * tile.heads * group_;
+    const Kernels& kernels = ctx_.kernels();
+    std::int64_t r = 0;
+    for (std::int64_t head = 0; head < heads_of(tile, head_group); ++head) {
+      for (std::int64_t t = 0; t < tile.num_tokens; ++t) {
+        for (std::int64_t i = 0; i < group_; ++i, ++r) {
+          const float* sums = state.sums + r * attention_columns(dim);
+          const std::int64_t row = tile.sequence->first_token + tile.token + t;
+          const std::int64_t column = (first_head + head * group_ + i) * dim;
+          if (out_.dtype == DType::kFloat32) {
+            kernels.divide_f32(sums, state.total[r], dim, out_.row<float>(row) + column);
+          } else {
+            kernels.divide_bf16(sums, state.total[r], dim, out_.row<BFloat16>(row) + column);
+          }
+        }
       }
     }
   }

@@ -10,9 +10,8 @@ namespace {
 // A block a row. The row is read twice, the second time from the L1 cache: once for the sum of its
 // squares, once to be scaled.
 template <typename Out, int kWidth>
-__global__ void rms_norm_kernel(const float* __restrict__ x, std::int64_t x_stride,
-                                const float* __restrict__ weight, float eps, std::int64_t cols,
-                                Out* __restrict__ out, std::int64_t out_stride) {
+__global__ void rms_norm_kernel(const float* x, std::int64_t x_stride, const float* weight,
+                                float eps, std::int64_t cols, Out* out, std::int64_t out_stride) {
   const float* row = x + blockIdx.x * x_stride;
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kWidth;
   const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kWidth;

@@ -4,18 +4,6 @@
 #include "ops/rope.h"
 
 namespace tinyvllm {
-namespace {
-
-void rotate(float* head, const float* cos_sin, std::int64_t head_dim) {
-  const std::int64_t half = head_dim / 2;
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float left = head[i], right = head[half + i];
-    head[i] = left * cos_sin[i] - right * cos_sin[half + i];
-    head[half + i] = right * cos_sin[i] + left * cos_sin[half + i];
-  }
-}
-
-}  // namespace
 
 void rope_angles(const CpuContext& ctx, std::span<const std::int32_t> positions,
                  std::span<const float> inverse_frequencies, float scale, MutTensorView cos_sin) {
@@ -47,13 +35,12 @@ void qk_norm_rope_and_cache(const CpuContext& ctx, MutTensorView qkv, std::int64
   };
   ctx.parallel_for(qkv.rows, [&](std::int64_t t, int) {
     float* row = qkv.row<float>(t);
-    const float* angles = cos_sin.row<float>(t);
     for (std::int64_t h = 0; h < num_heads + num_kv_heads; ++h) {
       float* head = row + h * dim;
       const float* norm = h < num_heads ? q_norm : k_norm;
-      if (norm != nullptr) kernels.rms_norm(head, norm, eps, dim, head);
-      rotate(head, angles, dim);
+      if (norm != nullptr) kernels.rms_norm_f32(head, norm, eps, dim, head);
     }
+    kernels.rotate(row, num_heads + num_kv_heads, cos_sin.row<float>(t), dim);
     const std::int64_t slot = slots[static_cast<std::size_t>(t)];
     const std::int64_t block = slot / shape.block_size, in_block = slot % shape.block_size;
     for (std::int64_t h = 0; h < num_kv_heads; ++h) {

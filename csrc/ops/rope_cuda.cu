@@ -31,11 +31,11 @@ struct Heads {
 // of the left half and the kWidth that turn with them. Heads of q are written back, heads of k and v
 // go to the token's slot.
 template <typename T, typename Cache, int kWidth>
-__global__ void qk_norm_rope_and_cache_kernel(
-    T* __restrict__ qkv, std::int64_t qkv_stride, Heads heads, const float* __restrict__ q_norm,
-    const float* __restrict__ k_norm, float eps, const float* __restrict__ cos_sin,
-    std::int64_t cos_sin_stride, const std::int64_t* __restrict__ slots, std::int64_t num_tokens,
-    int lanes, Cache* __restrict__ keys, Cache* __restrict__ values) {
+__global__ void qk_norm_rope_and_cache_kernel(T* qkv, std::int64_t qkv_stride, Heads heads,
+                                              const float* q_norm, const float* k_norm, float eps,
+                                              const float* cos_sin, std::int64_t cos_sin_stride,
+                                              const std::int64_t* slots, std::int64_t num_tokens,
+                                              int lanes, Cache* keys, Cache* values) {
   const int num_all = heads.num_heads + 2 * heads.num_kv_heads;
   const std::int64_t group =
       (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;

@@ -13,11 +13,9 @@ void silu_mul(const CpuContext& ctx, TensorView gate_up, MutTensorView out) {
     const float* gate = gate_up.row<float>(t) + first;
     const float* up = gate + out.cols;
     if (out.dtype == DType::kFloat32) {
-      ctx.kernels().silu_mul(gate, up, size, out.row<float>(t) + first);
+      ctx.kernels().silu_mul_f32(gate, up, size, out.row<float>(t) + first);
     } else {
-      float product[kPiece];
-      ctx.kernels().silu_mul(gate, up, size, product);
-      ctx.kernels().to_bfloat16(product, size, out.row<BFloat16>(t) + first);
+      ctx.kernels().silu_mul_bf16(gate, up, size, out.row<BFloat16>(t) + first);
     }
   });
 }

@@ -7,8 +7,8 @@ namespace {
 
 // A row for each block in x, cut into pieces for the blocks in y.
 template <typename T, typename Out, int kWidth>
-__global__ void silu_mul_kernel(const T* __restrict__ gate_up, std::int64_t stride,
-                                std::int64_t cols, Out* __restrict__ out, std::int64_t out_stride) {
+__global__ void silu_mul_kernel(const T* gate_up, std::int64_t stride, std::int64_t cols, Out* out,
+                                std::int64_t out_stride) {
   cuda::let_next_begin();
   cuda::wait_for_previous();
   const std::int64_t first =

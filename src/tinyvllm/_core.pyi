@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 __version__: str
+compiler: str
 
 Floats = npt.NDArray[np.float32]
 # float32, or the bits of bfloat16.
@@ -168,6 +169,8 @@ class CudaContext:
     def num_multiprocessors(self) -> int: ...
     @property
     def cublaslt(self) -> str: ...
+
+def cuda_memory() -> tuple[int, int]: ...
 
 Context = CpuContext | CudaContext
 

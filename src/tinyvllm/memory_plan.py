@@ -8,6 +8,13 @@ What an engine on the CPU keeps resident, in the terms of the files that decide 
     activations   csrc/model/transformer.h, at the largest step
     KV cache      csrc/ops/kv_cache.h: reserved at the start, resident as tokens fill it
 
+and on a GPU, where all of it is allocated at the start (csrc/engine/cuda_runner.cpp):
+
+    program       the driver's context, its libraries, and what other programs hold
+    weights       csrc/model/cuda_weights.h: all of them, one after the other
+    activations   as above; with them the arrays of a step and the memory between kernels
+    KV cache      what is left of gpu_memory_utilization
+
 An embedding that is not the output matrix too is read row by row; it is counted in full, as the
 text of a long run touches nearly all of its pages.
 """
@@ -20,10 +27,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 BLOCK_SIZE = 16  # tokens, LLM's default
+GPU_UTILIZATION = 0.9  # LLM's default
+# What the driver and its context are taken to need of a GPU that is not here to be asked.
+GPU_PROGRAM = 1 << 30
 
 _SIZES = {"float32": 4, "bfloat16": 2}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PROMPT_LOGPROB_ROWS = 64  # csrc/engine/runner.h
+_GPU_RESERVE = 384 << 20  # csrc/engine/cuda_runner.cpp: left for CUDA graphs
 
 
 class TensorHeader(NamedTuple):
@@ -45,6 +56,7 @@ class Limits:
     """LLM's arguments that decide how much memory it takes."""
 
     dtype: str  # bfloat16 or float32
+    device: str = "cpu"  # or cuda
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -62,7 +74,7 @@ class MemoryPlan:
     activations: int
     kv_bytes_per_token: int
     kv_tokens: int  # that the cache can hold
-    kv_limit: str  # sequences, share or left
+    kv_limit: str  # sequences, share (of memory), utilization (of a GPU) or left
     default_kv_tokens: int  # that LLM() would reserve in this memory
     max_model_len: int  # of one sequence
     asked_model_len: int | None
@@ -119,10 +131,15 @@ def make_plan(
     memory: int,
     program: int,
 ) -> MemoryPlan:
-    """config: as _core.parse_model_config gives it. memory, program: in bytes."""
+    """config: as _core.parse_model_config gives it. memory, program: in bytes; of a GPU, all that
+    it has, and what is taken of it before the weights come."""
+    on_gpu = limits.device == "cuda"
     mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits.dtype)
     copied += 4 * (config["head_dim"] // 2)  # the frequencies of the rotation
     activations = _activation_bytes(config, limits)
+    if on_gpu:
+        mapped, copied, passed = 0, mapped + copied, 0
+        activations += _gpu_work_bytes(config, limits)
     bytes_per_token = (
         2
         * config["num_layers"]
@@ -131,16 +148,22 @@ def make_plan(
         * _SIZES[limits.dtype]
     )
 
-    # As Engine::choose_num_blocks and CpuRunner::kv_cache_budget do it.
+    # As Engine::choose_kv_shape and the runners' kv_cache_budget() do it.
     bytes_per_block = bytes_per_token * BLOCK_SIZE
     own = config["max_position_embeddings"]
     longest = min(own, limits.max_model_len or own)
     for_all_sequences = limits.max_num_seqs * -(-longest // BLOCK_SIZE)
-    share = memory // 5 * 2 // bytes_per_block
-    left = max(0, memory - program - mapped - copied - activations) // bytes_per_block
-    num_blocks, limit = min(
-        (for_all_sequences, "sequences"), (share, "share"), (left, "left"), key=lambda item: item[0]
-    )
+    taken = program + mapped + copied + activations
+    if on_gpu:
+        left = max(0, int(memory * GPU_UTILIZATION) - taken - _GPU_RESERVE) // bytes_per_block
+        by_default = min(for_all_sequences, left)
+        limit = "sequences" if by_default < left else "utilization"
+        num_blocks = by_default
+    else:
+        left = max(0, memory - taken) // bytes_per_block
+        by_default = min(for_all_sequences, memory // 5 * 2 // bytes_per_block)
+        limit = "sequences" if by_default == for_all_sequences else "share"
+        num_blocks, limit = min((by_default, limit), (left, "left"), key=lambda item: item[0])
     return MemoryPlan(
         memory=memory,
         program=program,
@@ -151,7 +174,7 @@ def make_plan(
         kv_bytes_per_token=bytes_per_token,
         kv_tokens=num_blocks * BLOCK_SIZE,
         kv_limit=limit,
-        default_kv_tokens=min(for_all_sequences, share) * BLOCK_SIZE,
+        default_kv_tokens=by_default * BLOCK_SIZE,
         max_model_len=min(longest, num_blocks * BLOCK_SIZE),
         asked_model_len=limits.max_model_len,
     )
@@ -180,8 +203,41 @@ def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:
     q: int = config["num_heads"] * head_dim
     kv: int = config["num_kv_heads"] * head_dim
     compute = _SIZES[limits.dtype]
-    a_token = 4 * (hidden + head_dim + q + 2 * kv + 2 * intermediate)
+    product = compute if limits.device == "cuda" else 4  # what a matrix product writes
+    a_token = 4 * (hidden + head_dim) + product * (q + 2 * kv + 2 * intermediate)
     a_token += compute * (hidden + q + intermediate)
     a_logit_row = 4 * (hidden + vocab) + compute * hidden
-    rows = max(limits.max_num_seqs, _PROMPT_LOGPROB_ROWS)
-    return limits.max_num_batched_tokens * a_token + rows * a_logit_row
+    sequences = _num_rows(limits)
+    tokens = max(limits.max_num_batched_tokens, sequences)
+    return tokens * a_token + max(sequences, _PROMPT_LOGPROB_ROWS) * a_logit_row
+
+
+def _num_rows(limits: Limits) -> int:
+    """Sequences of the largest step; a GPU has graphs of some sizes only (next_batch_size)."""
+    count: int = limits.max_num_seqs
+    if limits.device == "cpu" or count <= 2:
+        return count
+    step = 4 if count <= 4 else 8 if count <= 64 else 16
+    return -(-count // step) * step
+
+
+def _gpu_work_bytes(config: Mapping[str, Any], limits: Limits) -> int:
+    """What CudaRunner has beside the buffers of Transformer: the block tables, a step's arrays, and
+    the workspace, where the splits of long sequences or the candidates of the sampler lie."""
+    own: int = config["max_position_embeddings"]
+    heads: int = config["num_heads"]
+    head_dim: int = config["head_dim"]
+    kv_heads: int = config["num_kv_heads"]
+    longest = min(own, limits.max_model_len or own)
+    sequences = _num_rows(limits)
+    rows = max(limits.max_num_batched_tokens, sequences)
+    items = max(n * -(-longest // _decode_split(n * kv_heads)) for n in range(1, sequences + 1))
+    table = sequences * -(-longest // BLOCK_SIZE)
+    step = rows * 32 + sequences * 80 + 4 * (2 * items + table)
+    workspace = max(4 * items * heads * (head_dim + 2), sequences * (64 * 16 + 8))
+    return 4 * table + step + workspace
+
+
+def _decode_split(shares: int) -> int:
+    """csrc/ops/paged_attention.h: the positions of one split, by sequences x KV heads."""
+    return 256 if shares < 32 else 512 if shares < 128 else 1024 if shares < 256 else 2048

@@ -2,6 +2,8 @@
 // FlashAttention, Dao et al. 2022): the scores of a tile of positions are used and forgotten, and
 // what was summed under an older maximum is scaled down when a larger score appears.
 //
+// (That maximum may be a little less than the largest score: see weigh().)
+//
 // The rows are queries: the heads of one KV head, at one token or at several. A tile's keys are
 // turned once into a panel [head_dim][position], its values into [position][head_dim], and both
 // products are then the same loop: broadcast an element of the row, multiply with a vector of the
@@ -221,7 +223,8 @@ class Attention {
         columns_(attention_columns(share.head_dim)),
         head_rows_(share.num_tokens * share.group),
         rows_(share.num_heads * head_rows_),
-        exponent_(share.scale * 1.44269504088896341f) {
+        exponent_(share.scale * 1.44269504088896341f),
+        room_(kRoom / exponent_) {
     float* memory = share.scratch;
     const auto take = [&](std::int64_t size) {
       float* taken = memory;
@@ -237,23 +240,21 @@ class Attention {
   }
 
   void run() {
-    for (std::int64_t r = 0; r < rows_; ++r) {
-      share_.out.maximum[r] = kMinusInfinity;
-      store(totals_ + r * kLanes, Float{});
-      for (std::int64_t i = 0; i < columns_; i += kLanes) {
-        store(share_.out.sums + r * columns_ + i, Float{});
+    std::int64_t r = 0;
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
+        const float* query = share_.query + token * share_.query_stride;
+        for (std::int64_t i = 0; i < share_.group; ++i, ++r) {
+          start_row(r, query + (head * share_.group + i) * share_.head_dim);
+        }
       }
-      const std::int64_t head = r / head_rows_, token = r / share_.group % share_.num_tokens;
-      const float* query = share_.query + token * share_.query_stride;
-      P::store_query(query + (head * share_.group + r % share_.group) * share_.head_dim,
-                     share_.head_dim, query_ + r * columns_);
     }
     const std::int64_t end = share_.split + kAttentionSplit;
     const std::int64_t last = share_.first_position + share_.num_tokens - 1;
     for (std::int64_t tile = share_.split; tile < end && tile <= last; tile += kTile) {
       attend_tile(tile);
     }
-    for (std::int64_t r = 0; r < rows_; ++r) {
+    for (r = 0; r < rows_; ++r) {
       share_.out.total[r] = horizontal_sum(load(totals_ + r * kLanes));
     }
   }
@@ -261,6 +262,16 @@ class Attention {
  private:
   using P = Products<Kv>;
   using Element = typename P::Element;
+  static constexpr float kRoom = 6.0f;
+
+  void start_row(std::int64_t r, const float* query) {
+    share_.out.maximum[r] = kMinusInfinity;
+    store(totals_ + r * kLanes, Float{});
+    for (std::int64_t i = 0; i < columns_; i += kLanes) {
+      store(share_.out.sums + r * columns_ + i, Float{});
+    }
+    P::store_query(query, share_.head_dim, query_ + r * columns_);
+  }
 
   // The positions of a tile that a token sees, relative to the tile's first. Empty: last < first.
   struct Range {
@@ -281,29 +292,48 @@ class Attention {
     if (any.empty()) return;
     pack(tile, any);
     const std::int64_t column = any.first / kLanes * kLanes;
+    const Range common = common_steps({newest.first, oldest.last});
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       const std::int64_t row = head * head_rows_;
       product<P, true>(query_ + row * columns_, columns_,
                        keys_ + (head * columns_ * kTile) + column * P::kPair, kTile * P::kPair,
                        steps(), scores_ + row * kTile + column, kTile, head_rows_,
                        any.last / kLanes + 1 - column / kLanes);
-      for (std::int64_t r = 0; r < head_rows_; ++r) {
-        const Range range = seen(r / share_.group, tile);
-        if (!range.empty()) weigh(row + r, range);
-      }
-      const Element* values = values_ + head * kTile * columns_;
-      if (oldest.all() && newest.all()) {
-        add_values(row, head_rows_, oldest, values);
-        continue;
-      }
-      for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
-        const Range range = seen(token, tile);
-        if (!range.empty()) {
-          add_values(row + token * share_.group, share_.group, range, values);
+      const auto for_each_token = [&](auto&& f) {
+        for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
+          const Range range = seen(token, tile);
+          if (!range.empty()) f(row + token * share_.group, range);
         }
+      };
+      for_each_token([&](std::int64_t r, Range range) {
+        for (std::int64_t i = 0; i < share_.group; ++i) weigh(r + i, range);
+      });
+      // In ascending order: what only some see, what all see, what only some see.
+      const Element* values = values_ + head * kTile * columns_;
+      if (any.first < common.first) {
+        for_each_token([&](std::int64_t r, Range range) {
+          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)}, values);
+        });
+      }
+      add_values(row, head_rows_, common, values);
+      if (any.last > common.last) {
+        for_each_token([&](std::int64_t r, Range range) {
+          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last}, values);
+        });
       }
     }
   }
+
+  // The positions of a range that fill whole steps of k. If there are none, the empty range behind
+  // the tile.
+  static Range common_steps(Range range) {
+    const std::int64_t first = (range.first + P::kPair - 1) / P::kPair * P::kPair;
+    const std::int64_t last = (range.last + 1) / P::kPair * P::kPair - 1;
+    return first <= last ? Range{first, last} : Range{kTile, kTile - 1};
+  }
+
+  static std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+  static std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
   // Steps of k in a product with the keys.
   std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
@@ -376,7 +406,8 @@ class Attention {
     }
   }
 
-  // A row's scores become weights, under the largest score that it has seen so far.
+  // A row's scores become weights. What was summed before is scaled down only when a score appears
+  // whose weight would be above 2^kRoom: seldom, so that the branch is well predicted.
   TINYVLLM_INLINE void weigh(std::int64_t r, Range range) {
     float* row = scores_ + r * kTile;
     float* totals = totals_ + r * kLanes;
@@ -395,30 +426,30 @@ class Attention {
             (position >= first) & (position <= last) ? scores[v] : broadcast(kMinusInfinity);
       }
     }
-    const float before = share_.out.maximum[r];
-    Float largest = broadcast(before);
+    Float largest = scores[0];
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVectors; ++v) largest = maximum(scores[v], largest);
-    const float now = horizontal_maximum(largest);
-    // Where all scores are -inf the weights are to be 0, and -inf minus itself is no number.
-    const float origin = now == kMinusInfinity ? 0.0f : now;
-    const Float exponent = broadcast(exponent_);
-#pragma GCC unroll 16
-    for (int v = 0; v < kTileVectors; ++v) {
-      scores[v] = exp2((scores[v] - broadcast(origin)) * exponent);
-    }
-    if (now != before) {
-      share_.out.maximum[r] = now;
-      const Float rescale = exp2(broadcast((before - origin) * exponent_));
+    for (int v = 1; v < kTileVectors; ++v) largest = maximum(scores[v], largest);
+    float origin = share_.out.maximum[r];
+    if (any_greater(largest, broadcast(origin + room_))) {
+      const float now = horizontal_maximum(largest);
+      const Float rescale = exp2(broadcast((origin - now) * exponent_));
       float* sums = share_.out.sums + r * columns_;
       for (std::int64_t i = 0; i < columns_; i += kLanes) store(sums + i, load(sums + i) * rescale);
       store(totals, load(totals) * rescale);
+      share_.out.maximum[r] = origin = now;
+    }
+    // Where all scores are -inf the weights are to be 0, and -inf minus itself is no number.
+    if (origin == kMinusInfinity) origin = 0.0f;
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) {
+      scores[v] = exp2((scores[v] - broadcast(origin)) * broadcast(exponent_));
     }
     store(totals, P::store_weights(scores, row, load(totals)));
   }
 
   // sums[r] += weights[r] values, over the range only.
   void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
+    if (range.empty()) return;
     // Weights lie at the start of a row of scores, in the size of their type.
     const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
     constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
@@ -433,11 +464,13 @@ class Attention {
     if constexpr (P::kPair == 2) {
       // A pair of which only one is in the range: the other is replaced by 0.
       const auto add_edge = [&](std::int64_t edge) {
-        const bool left = 2 * edge >= range.first, right = 2 * edge + 1 <= range.last;
-        for (std::int64_t i = 0; i < columns_; ++i) {
-          const BFloat16* pair = values + (edge * columns_ + i) * 2;
-          edge_[2 * i] = left ? pair[0] : BFloat16{};
-          edge_[2 * i + 1] = right ? pair[1] : BFloat16{};
+        const UInt left = UInt{} + (2 * edge >= range.first ? 0x0000ffffu : 0u);
+        const UInt right = UInt{} + (2 * edge + 1 <= range.last ? 0xffff0000u : 0u);
+        for (std::int64_t i = 0; i < columns_; i += kLanes) {
+          UInt pairs;
+          __builtin_memcpy(&pairs, values + (edge * columns_ + i) * 2, sizeof(pairs));
+          pairs &= left | right;
+          __builtin_memcpy(edge_ + 2 * i, &pairs, sizeof(pairs));
         }
         add(edge, 1, edge_);
       };
@@ -455,6 +488,7 @@ class Attention {
   const AttentionShare<Kv>& share_;
   const std::int64_t columns_, head_rows_, rows_;
   const float exponent_;     // turns a difference of scores into a power of 2
+  const float room_;         // the difference of scores that makes kRoom of it
   Element *keys_, *values_;  // a panel for each head
   Element* edge_;            // one step of a panel of values
   Element* query_;           // [rows, columns]

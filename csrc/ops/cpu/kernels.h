@@ -46,7 +46,7 @@ inline constexpr std::int64_t attention_columns(std::int64_t head_dim) {
 // them has the maximum -inf and the total 0.
 struct AttentionState {
   float* sums;     // [rows, columns]  the weighted sum of the values
-  float* maximum;  // [rows]           the largest score, before `scale`
+  float* maximum;  // [rows]           a score that none exceeds by much, before `scale`
   float* total;    // [rows]           the sum of the weights exp(scale (score - maximum))
 
   static constexpr std::int64_t size(std::int64_t rows, std::int64_t head_dim) {  // in floats
@@ -96,12 +96,20 @@ struct Kernels {
   void (*attention_merge)(const AttentionState& into, const AttentionState& from, std::int64_t rows,
                           std::int64_t head_dim, float scale);
   // out[i] = sums[i] / total
-  void (*divide)(const float* sums, float total, std::int64_t size, float* out);
+  void (*divide_f32)(const float* sums, float total, std::int64_t size, float* out);
+  void (*divide_bf16)(const float* sums, float total, std::int64_t size, BFloat16* out);
 
   // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; out may be x.
-  void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t size, float* out);
+  void (*rms_norm_f32)(const float* x, const float* weight, float eps, std::int64_t size,
+                       float* out);
+  void (*rms_norm_bf16)(const float* x, const float* weight, float eps, std::int64_t size,
+                        BFloat16* out);
+  // Of each of the heads [num_heads, head_dim], element i turns with element i + head_dim / 2 by
+  // the angle whose cosine is cos_sin[i] and whose sine is cos_sin[i + head_dim / 2].
+  void (*rotate)(float* heads, std::int64_t num_heads, const float* cos_sin, std::int64_t head_dim);
   // out[i] = silu(gate[i]) * up[i]
-  void (*silu_mul)(const float* gate, const float* up, std::int64_t size, float* out);
+  void (*silu_mul_f32)(const float* gate, const float* up, std::int64_t size, float* out);
+  void (*silu_mul_bf16)(const float* gate, const float* up, std::int64_t size, BFloat16* out);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
 

@@ -48,6 +48,20 @@ TINYVLLM_INLINE Float load(const BFloat16* p) {
 
 TINYVLLM_INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// to_bfloat16 of base/bfloat16.h for each lane. (vcvtneps2bf16 would make zeros of what is below
+// the smallest normal number.)
+TINYVLLM_INLINE UShort to_bfloat16(Float v) {
+  const auto bits = reinterpret_cast<UInt>(v);
+  const UInt high = bits >> 16;
+  const UInt rounded = (bits + (high & 1u) + 0x7fffu) >> 16;
+  return __builtin_convertvector(v == v ? rounded : high | 0x40u, UShort);
+}
+
+TINYVLLM_INLINE void store(BFloat16* p, Float v) {
+  const UShort rounded = to_bfloat16(v);
+  __builtin_memcpy(p, &rounded, sizeof(rounded));
+}
+
 // a * b + c, rounded once where the instruction set can.
 TINYVLLM_INLINE Float multiply_add(Float a, Float b, Float c) {
 #if defined(__AVX512F__)
@@ -76,31 +90,6 @@ TINYVLLM_INLINE float horizontal_sum(Float v) {
 #endif
 }
 
-// e^x for x <= about 88, to within 2 units in the last place; 0 below about -87, also for -inf.
-// Range reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the first terms of the series
-// with coefficients fitted to the interval, as in Cephes' expf).
-TINYVLLM_INLINE Float exp(Float x) {
-  const Float lowest = broadcast(-87.0f), highest = broadcast(88.0f);
-  const Int underflow = x < lowest;
-  x = x < lowest ? lowest : x;
-  x = x > highest ? highest : x;
-  const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Float shifted = multiply_add(x, broadcast(1.44269504088896341f), magic);
-  const Float n = shifted - magic;
-  Float r = multiply_add(n, broadcast(-0.693359375f), x);  // ln 2 in two parts, the first one exact
-  r = multiply_add(n, broadcast(2.12194440e-4f), r);
-  Float p = broadcast(1.9875691500e-4f);
-  p = multiply_add(p, r, broadcast(1.3981999507e-3f));
-  p = multiply_add(p, r, broadcast(8.3334519073e-3f));
-  p = multiply_add(p, r, broadcast(4.1665795894e-2f));
-  p = multiply_add(p, r, broadcast(1.6666665459e-1f));
-  p = multiply_add(p, r, broadcast(5.0000001201e-1f));
-  p = multiply_add(p, r * r, r + 1.0f);
-  const Int scaled = reinterpret_cast<Int>(p) + (__builtin_convertvector(n, Int) << 23);
-  const Int kept = scaled & ~underflow;
-  return reinterpret_cast<Float>(kept);
-}
-
 // The larger of each lane; b where one of the two is no number.
 TINYVLLM_INLINE Float maximum(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -109,6 +98,18 @@ TINYVLLM_INLINE Float maximum(Float a, Float b) {
   return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// Whether a > b in any lane.
+TINYVLLM_INLINE bool any_greater(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#else
+  const Int greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
 #endif
 }
 
@@ -125,21 +126,20 @@ TINYVLLM_INLINE float horizontal_maximum(Float v) {
 #endif
 }
 
-// 2^x for x <= 127, to within 2 units in the last place; 1 for 0. What is below -126 gives 0 or
-// less than the smallest normal number, -inf gives 0. The polynomial is fitted to 2^r on
-// [-1/2, 1/2]: relative error 9.2e-8, and none at 0.
-TINYVLLM_INLINE Float exp2(Float x) {
+// The nearest whole number, ties to even, for |x| below 2^22.
+TINYVLLM_INLINE Float nearest(Float x) {
 #if defined(__AVX512F__)
-  x = maximum(broadcast(-200.0f), x);
-  const Float n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Int underflow = x < -126.0f;
-  x = maximum(broadcast(-126.0f), x);
-  const Float magic = broadcast(12582912.0f);  // as in exp
+  const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Float shifted = x + magic;
-  const Float n = shifted - magic;
+  return shifted - magic;
 #endif
-  const Float r = x - n;
+}
+
+// 2^(n + r) for whole n <= 127 and |r| <= 1/2, exact for r = 0. Where n is below -125 the result is
+// 0 or less than the smallest normal number. The polynomial is fitted to 2^r: relative error 9.2e-8.
+TINYVLLM_INLINE Float exp2_of_sum(Float n, Float r) {
   Float p = broadcast(1.326472731e-3f);
   p = multiply_add(p, r, broadcast(9.671512991e-3f));
   p = multiply_add(p, r, broadcast(5.550733581e-2f));
@@ -149,10 +149,29 @@ TINYVLLM_INLINE Float exp2(Float x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
+  const Int underflow = n < -125.0f;
   const Int scaled = reinterpret_cast<Int>(p) + (__builtin_convertvector(n, Int) << 23);
   const Int kept = scaled & ~underflow;
   return reinterpret_cast<Float>(kept);
 #endif
+}
+
+// 2^x for x <= 127, to within 2 units in the last place; -inf gives 0.
+TINYVLLM_INLINE Float exp2(Float x) {
+  x = maximum(broadcast(-200.0f), x);
+  const Float n = nearest(x);
+  return exp2_of_sum(n, x - n);
+}
+
+// e^x for x <= 88, to within 4 units in the last place; -inf gives 0. Reduced to |r| <= ln(2)/2
+// with ln 2 in two parts, of which n times the first is exact (as in Cephes' expf).
+TINYVLLM_INLINE Float exp(Float x) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  x = maximum(broadcast(-135.0f), x);
+  const Float n = nearest(x * kLog2E);
+  Float r = multiply_add(n, broadcast(-0.693359375f), x);
+  r = multiply_add(n, broadcast(2.12194440e-4f), r);
+  return exp2_of_sum(n, r * kLog2E);
 }
 
 // Turns rows into columns: lane i of row j goes to lane j of row i.
@@ -234,6 +253,10 @@ TINYVLLM_INLINE Float load_partial(const T* p, std::int64_t count) {
 
 TINYVLLM_INLINE void store_partial(float* p, Float v, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+TINYVLLM_INLINE void store_partial(BFloat16* p, Float v, std::int64_t count) {
+  const UShort rounded = to_bfloat16(v);
+  for (std::int64_t i = 0; i < count; ++i) p[i].bits = rounded[i];
 }
 
 }  // namespace tinyvllm::TINYVLLM_ISA

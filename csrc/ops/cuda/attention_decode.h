@@ -26,22 +26,42 @@ constexpr std::size_t partial_floats(int heads, int head_dim) {
   return static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim + 2);
 }
 
-// The union of `count` partial results, in ascending order, for one head and one dimension.
+// The union of `count` partial results, in ascending order, for one head and one dimension. They are
+// read kAtOnce at a time, because each read is a way to the L2 cache and back.
 struct PartialAttention {
   float sum, maximum, total;
 };
 
+template <int kAtOnce>
 __device__ inline PartialAttention merge_partials(const volatile float* partials, int count,
                                                   std::size_t stride, int heads, int head_dim,
                                                   int head, int dim) {
   const volatile float* maxima = partials + heads * head_dim + head;
   const volatile float* sums = partials + head * head_dim + dim;
   PartialAttention merged{0.0f, kMinusInfinity, 0.0f};
-  for (int i = 0; i < count; ++i) merged.maximum = fmaxf(merged.maximum, maxima[i * stride]);
-  for (int i = 0; i < count; ++i) {
-    const float weight = fast_exp2(maxima[i * stride] - merged.maximum);
-    merged.sum += sums[i * stride] * weight;
-    merged.total += maxima[i * stride + heads] * weight;
+  for (int first = 0; first < count; first += kAtOnce) {
+    PartialAttention parts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool valid = first + i < count;
+      const std::size_t at = static_cast<std::size_t>(valid ? first + i : first) * stride;
+      const float maximum = maxima[at];
+      parts[i] = {sums[at], valid ? maximum : kMinusInfinity, maxima[at + heads]};
+    }
+    const float before = merged.maximum;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      merged.maximum = fmaxf(merged.maximum, parts[i].maximum);
+    }
+    const float rescale = fast_exp2(before - merged.maximum);
+    merged.sum *= rescale;
+    merged.total *= rescale;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = fast_exp2(parts[i].maximum - merged.maximum);
+      merged.sum += parts[i].sum * weight;
+      merged.total += parts[i].total * weight;
+    }
   }
   return merged;
 }
@@ -259,6 +279,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     const bool early = any && (kRotates || waited || (tile + 1) * kDecodeTile < context);
     if (any && a.window > 0) offset = a.offset(table, kv_head, tile * kDecodeTile);
     if (early) load_keys(tile, offset), load_values(tile, offset);
+    if (tile + kWarps < end_tile) {  // the warp's second tile: its K, then its V
+      const std::int64_t row =
+          a.offset(table, kv_head, (tile + kWarps) * kDecodeTile) + lane % kDecodeTile * kDim;
+#pragma unroll
+      for (int i = 0; i < kDim; i += 64)
+        prefetch((lane < kDecodeTile ? a.keys : a.values) + row + i);
+    }
     const int newest_tile = (context - 1) / kDecodeTile;
     const bool has_newest = kRotates && end == context && newest_tile % kWarps == warp;
     std::int64_t place = 0;  // of the newest k and v
@@ -431,7 +458,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
       const int head = i / kDim;
       const PartialAttention merged =
-          merge_partials(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
+          merge_partials<kWarps>(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
       if (num_splits == 1) {
         out[i] = round_to_bfloat16(merged.sum / merged.total);
       } else {
@@ -457,8 +484,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
         __threadfence();
         const float* of_first_split = partial - (split - first_split) * item_size;
         for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
-          const PartialAttention merged = merge_partials(of_first_split, num_splits, item_size,
-                                                         heads, kDim, i / kDim, i % kDim);
+          const PartialAttention merged = merge_partials<16>(of_first_split, num_splits, item_size,
+                                                             heads, kDim, i / kDim, i % kDim);
           out[i] = round_to_bfloat16(merged.sum / merged.total);
         }
       }

@@ -96,7 +96,7 @@ Completion of commands and options with the Tab key:
 @click.command(
     cls=_Commands,
     epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
 )
 @click.option(
     "--version",

@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tinyvllm.cli.model_options import engine_options, model_options, open_llm
+from tinyvllm.cli.model_options import (
+    engine_options,
+    max_num_batched_tokens_option,
+    model_options,
+    named_shape,
+    open_llm,
+    quiet_option,
+    together,
+)
 from tinyvllm.cli.options import Command, Count, LengthRange, Lengths, option
 from tinyvllm.cli.terminal import Output, Stopped
 from tinyvllm.errors import CapacityError, InvalidRequestError, TinyvllmError
 
 if TYPE_CHECKING:
-    from tinyvllm.cli.bench_cost import ModelCost
     from tinyvllm.cli.bench_report import Report
     from tinyvllm.cli.bench_work import Work
     from tinyvllm.limits import MachineLimits
     from tinyvllm.llm import LLM
+    from tinyvllm.model_cost import ModelCost
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -50,20 +58,21 @@ Examples:
   tinyvllm bench throughput --model DIR --prompts prompts.jsonl --output json
 """
 
-_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 _PREFILL_WEIGHT = 1 / 16  # of a prompt's token against one of the output, for the progress bar
 _SECONDS_A_REFRESH = 0.1
 
 
-def _common_options(function: _Function) -> _Function:
-    """What both benchmarks take after their own options."""
-    decorators = [
+def _common_options(
+    temperature: float, engine: Callable[[_Function], _Function]
+) -> Callable[[_Function], _Function]:
+    """What both benchmarks take after their own options. temperature: its default."""
+    return together(
         option(
             "--temperature",
             "-t",
             section="Work",
             type=click.FloatRange(0),
-            default=0.0 if function.__name__ == "latency" else 0.6,
+            default=temperature,
             show_default=True,
             help="0 is greedy. Outputs always have their full length.",
         ),
@@ -106,25 +115,12 @@ def _common_options(function: _Function) -> _Function:
             help="Measure what the machine reads and multiplies a second, and show how much of it "
             "was reached.  [default: limits]",
         ),
-        option(
-            "-q", "--quiet", section="Output", is_flag=True, help="Nothing on stderr but errors."
-        ),
-        engine_options,
-        option(
-            "--max-num-batched-tokens",
-            section="Engine",
-            type=Count(),
-            metavar="N",
-            help="Tokens of a step.  [default: 2048]",
-        ),
-    ]
-    decorated: Any = function
-    for decorator in reversed(decorators):
-        decorated = decorator(decorated)
-    return decorated  # type: ignore[no-any-return]  # the same function
+        quiet_option(),
+        engine,
+    )
 
 
-@click.group(epilog=_EPILOG, context_settings=_HELP_NAMES)
+@click.group(epilog=_EPILOG)
 def command() -> None:
     """Measure latency and throughput.
 
@@ -138,7 +134,6 @@ def command() -> None:
     cls=Command,
     epilog=_LATENCY_EPILOG,
     short_help="How long one answer, or a batch of them, takes.",
-    context_settings=_HELP_NAMES,
 )
 @option(
     "-p",
@@ -192,7 +187,7 @@ def command() -> None:
     show_default=True,
     help="Runs of each point that count, each with other prompts.",
 )
-@_common_options
+@_common_options(0.0, together(engine_options(), max_num_batched_tokens_option()))
 def latency(**options: Any) -> None:
     """How long one answer, or a batch of them, takes.
 
@@ -276,7 +271,6 @@ def _measure(
     cls=Command,
     epilog=_THROUGHPUT_EPILOG,
     short_help="How much is done when there is much to do.",
-    context_settings=_HELP_NAMES,
 )
 @option(
     "--num-prompts",
@@ -323,16 +317,7 @@ def _measure(
     default=0,
     help="N tokens more before every prompt, the same ones for all.",
 )
-@_common_options
-@option(
-    "--max-num-seqs",
-    section="Engine",
-    type=click.IntRange(1),
-    metavar="N",
-    default=256,
-    show_default=True,
-    help="Sequences that run together.",
-)
+@_common_options(0.6, engine_options(batch=True))
 @option(
     "--prefix-caching/--no-prefix-caching",
     "prefix_caching",
@@ -435,15 +420,14 @@ def _opened(
     longest: tokens of the longest request, if that is known before the model is.
     """
     from tinyvllm import _core
-    from tinyvllm.cli.bench_cost import ModelCost
-    from tinyvllm.cli.report import note, notes
     from tinyvllm.llm import BUNDLED_MODEL
+    from tinyvllm.model_cost import ModelCost
     from tinyvllm.model_lookup import find_model
 
     quiet = options["quiet"]
     with ExitStack() as stack:
         load_format = options["load_format"]
-        shape = _shape(options["model"])
+        shape = named_shape(options["model"])
         if shape is not None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tinyvllm-")))
             (directory / "config.json").write_text(json.dumps(shape), encoding="utf-8")
@@ -471,7 +455,6 @@ def _opened(
         llm = stack.enter_context(
             open_llm(
                 arguments,
-                quiet=quiet,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=options["max_num_batched_tokens"],
                 enable_prefix_caching=prefix_caching,
@@ -479,25 +462,14 @@ def _opened(
                 seed=options["seed"],
             )
         )
-        if not quiet:
-            for line in notes(llm, arguments["max_model_len"]):
-                note(line)
         model = {
             "model": options["model"] or "bundled",
             "load_format": load_format,
             "prefix_caching": prefix_caching,
             "max_num_seqs": max_num_seqs,
         }
-        yield llm, ModelCost(llm.directory, llm.stats()), model
-
-
-def _shape(model: str | None) -> dict[str, object] | None:
-    """The config.json of a named shape. A directory of that name goes before it."""
-    if model is None or Path(model).is_dir():
-        return None
-    from tinyvllm.dummy import NAMED_CONFIGS
-
-    return NAMED_CONFIGS.get(model)
+        info = llm.stats()
+        yield llm, ModelCost(llm.directory, info["dtype"], info["checkpoint_dtype"]), model
 
 
 def _announce_dummy(directory: Path, quiet: bool) -> None:

@@ -16,9 +16,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.cli.bench_cost import Cost, ModelCost
 from tinyvllm.cli.bench_run import RequestTimes, Run
 from tinyvllm.cli.terminal import Output
+from tinyvllm.model_cost import Cost, ModelCost
 
 if TYPE_CHECKING:
     from tinyvllm.limits import MachineLimits
@@ -211,6 +211,11 @@ class Report:
                     f"Before the repeats of each point: {warmup} warm-up run{'s' * (warmup != 1)}. "
                     "End tokens are ignored."
                 )
+            if any(_reads_from_caches(row) for row in self._rows):
+                lines.append(
+                    "More than 100% of bandwidth: the weights stay in the caches, or memory was "
+                    "slower while it was measured."
+                )
             self._write("\n".join([*lines, "", _markdown(table)]))
 
     def _write(self, text: str) -> None:
@@ -298,6 +303,12 @@ def _nearer_limit(row: Row, phase: str) -> str:
         return ""
     name = max(shares, key=lambda name: shares[name])
     return f"{_percent(shares[name])} {name}"
+
+
+def _reads_from_caches(row: Row) -> bool:
+    """More than memory gives, by more than its rate moves between two measurements."""
+    shares = (row.get(f"{phase}bandwidth_share") for phase in ("", "prefill_", "decode_"))
+    return any(share is not None and share > 1.1 for share in shares)
 
 
 def _percent(share: float | None) -> str:

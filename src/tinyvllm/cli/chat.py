@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinyvllm.cli.model_options import (
+    INTERACTIVE_STEP_TOKENS,
     engine_options,
     model_options,
     open_llm,
+    quiet_option,
     sampling_options,
     sampling_params,
 )
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from tinyvllm.outputs import RequestOutput
     from tinyvllm.sampling_params import SamplingParams
 
-# A chunk of prompt is one call into the engine, and Ctrl-C waits for its end.
-_MAX_TOKENS_A_STEP = 512
-
 _EPILOG = """\b
 Examples:
   tinyvllm chat
@@ -44,14 +43,12 @@ Examples:
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @model_options()
 @option("-s", "--system", section="Prompt", metavar="TEXT", help="System prompt.")
 @sampling_options(default_max_tokens="as many as the context holds")
-@option("-q", "--quiet", section="Output", is_flag=True, help="No greeting and no notes.")
-@engine_options
+@quiet_option(kept="No greeting and no notes.")
+@engine_options()
 def command(**options: Any) -> None:
     """Talk with a model in the terminal.
 
@@ -69,14 +66,12 @@ def command(**options: Any) -> None:
     output = Output()
 
     from tinyvllm.cli.conversation import Conversation
-    from tinyvllm.cli.report import note, notes
+    from tinyvllm.cli.report import note
 
-    quiet = options["quiet"]
     with open_llm(
         options,
-        quiet=quiet,
         max_num_seqs=1,
-        max_num_batched_tokens=_MAX_TOKENS_A_STEP,
+        max_num_batched_tokens=INTERACTIVE_STEP_TOKENS,
         generation_config=options["generation_config"],
         seed=options["seed"],
     ) as llm:
@@ -88,9 +83,7 @@ def command(**options: Any) -> None:
             )
         sampling, _ = sampling_params(llm, options, max_tokens=None)
         conversation = Conversation(tokenizer, options["system"])
-        if not quiet:
-            for line in notes(llm, options["max_model_len"]):
-                note(printable(line))
+        if not options["quiet"]:
             info = llm.stats()
             note(
                 f"{options['model'] or 'bundled'}: {info['dtype']}, {info['device']} "
@@ -365,7 +358,8 @@ def _count_of(number: int, thing: str) -> str:
 def _line_editor(commands: list[str]) -> PromptSession[str]:
     """Lines with editing, a history of this session, and Tab for commands and file names."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
     from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
@@ -381,14 +375,26 @@ def _line_editor(commands: list[str]) -> PromptSession[str]:
         event.current_buffer.insert_text("\n")
 
     files = PathCompleter(expanduser=True)
+
+    class CommandCompleter(Completer):
+        """A command, or the file that /save or /load is to have."""
+
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            name, space, file = text.partition(" ")
+            if space and name in ("/save", "/load"):
+                yield from files.get_completions(Document(file), event)
+            elif not space and text.startswith("/"):
+                for command in commands:
+                    if command.startswith(text):
+                        yield Completion(command, start_position=-len(text))
+
     return PromptSession(
         FormattedText([("bold", "> ")]),
         multiline=True,  # a long message wraps, and a pasted one keeps its lines
         prompt_continuation="  ",
         key_bindings=keys,
-        completer=NestedCompleter.from_nested_dict(
-            {name: files if name in ("/save", "/load") else None for name in commands}
-        ),
+        completer=CommandCompleter(),
         complete_while_typing=False,
         # stdout is for answers, which may go to a file.
         output=create_output(sys.stderr if sys.stderr and sys.stderr.isatty() else sys.stdout),

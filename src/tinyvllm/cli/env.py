@@ -57,9 +57,7 @@ Examples:
 Section = dict[str, Any]
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @option("--json", "as_json", section="Output", is_flag=True, help="One JSON object.")
 def command(as_json: bool) -> None:
     """Versions, build, CPU, memory, limits and GPUs: what a bug report needs.
@@ -122,6 +120,7 @@ def _build() -> Section:
     return {
         "core": core.__version__,
         "file": core.__file__,
+        "compiler": core.compiler,
         "kernels": core.supported_isas(),
         "cuda": core.cuda_build(),
     }
@@ -213,13 +212,13 @@ def _cgroup_directories() -> Iterator[Path]:
 
 
 def _gpu() -> Section:
-    found: Section = {**_driver(), **_guarded(_cuda_engine)}
+    found: Section = {**gpu_driver(), **_guarded(_cuda_engine)}
     if not found["devices"] and found["driver"] is None:
         found["driver"] = "none found: no /proc/driver/nvidia, and no nvidia-smi that answers"
     return found
 
 
-def _driver() -> Section:
+def gpu_driver() -> Section:
     """From nvidia-smi where it answers, else from what the kernel module shows."""
     devices = []
     query = "name,driver_version,compute_cap,memory.total,memory.free,pcie.link.gen.current"

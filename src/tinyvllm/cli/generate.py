@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinyvllm.cli.model_options import (
+    DEFAULT_MAX_TOKENS,
+    INTERACTIVE_STEP_TOKENS,
     engine_options,
     model_options,
     open_llm,
+    quiet_option,
     sampling_options,
     sampling_params,
 )
@@ -23,10 +26,6 @@ if TYPE_CHECKING:
     from tinyvllm.cli.report import Prompt
     from tinyvllm.llm import LLM
 
-DEFAULT_MAX_TOKENS = 256
-# A chunk of prompt is one call into the engine, and a signal waits for its end.
-_MAX_TOKENS_A_STEP = 512
-
 _EPILOG = """\b
 Examples:
   tinyvllm generate --raw --prompt "Once upon a time"
@@ -37,9 +36,7 @@ Examples:
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @model_options()
 @option(
     "-p",
@@ -116,8 +113,8 @@ Examples:
     metavar="FILE",
     help="Write what happens to each step, request and block, for ui.perfetto.dev.",
 )
-@option("-q", "--quiet", section="Output", is_flag=True, help="Nothing on stderr but errors.")
-@engine_options
+@quiet_option()
+@engine_options()
 def command(**options: Any) -> None:
     """Continue prompts, or answer them through the model's chat template.
 
@@ -133,14 +130,13 @@ def command(**options: Any) -> None:
     output = Output()
 
     with importing():
-        from tinyvllm.cli.report import Report, note, notes
+        from tinyvllm.cli.report import Report, note
 
     quiet = options["quiet"]
     with open_llm(
         options,
-        quiet=quiet,
         defer_tokenizer=not texts,
-        max_num_batched_tokens=_MAX_TOKENS_A_STEP,
+        max_num_batched_tokens=INTERACTIVE_STEP_TOKENS,
         generation_config=options["generation_config"],
         seed=options["seed"],
         trace=options["trace"],
@@ -149,9 +145,6 @@ def command(**options: Any) -> None:
         sampling, origins = sampling_params(llm, options, DEFAULT_MAX_TOKENS)
         prompts = _prompts(llm, texts, options)
         report = Report(llm, output, sampling, origins, prompts, options)
-        if not quiet:
-            for line in notes(llm, options["max_model_len"]):
-                note(line)
         try:
             for delta in llm.stream([prompt.token_ids for prompt in prompts], sampling):
                 report.add(delta)

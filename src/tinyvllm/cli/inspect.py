@@ -9,16 +9,23 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from tinyvllm.cli.generate import DEFAULT_MAX_TOKENS
+from tinyvllm.cli.model_options import (
+    DEFAULT_MAX_TOKENS,
+    engine_options,
+    hub_options,
+    named_shape,
+)
 from tinyvllm.cli.options import Command, Count, option
 from tinyvllm.cli.terminal import Output, printable
-from tinyvllm.errors import CapacityError, InvalidRequestError
+from tinyvllm.errors import CapacityError, DeviceError, InvalidRequestError
 from tinyvllm.memory_plan import (
     BLOCK_SIZE,
+    GPU_PROGRAM,
+    GPU_UTILIZATION,
     Limits,
     MemoryPlan,
     TensorHeader,
@@ -49,54 +56,27 @@ Examples:
   tinyvllm inspect
   tinyvllm inspect DIR --tensors
   tinyvllm inspect llama-3.1-8b --memory 24G --max-model-len 32K
+  tinyvllm inspect llama-3.1-8b --device cuda --memory 80G
   tinyvllm inspect DIR --json | jq .memory
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model", required=False, metavar="[MODEL]")
-@option("--revision", section="Model", metavar="REV", help="Branch, tag or commit of a hub model.")
-@option("--offline", section="Model", is_flag=True, help="Never use the network.")
+@hub_options
 @option(
     "--memory",
     section="Memory plan",
     type=Count(),
     metavar="BYTES",
-    help="Plan for a machine with this much to spare, such as 24G.  [default: this machine]",
+    help="Plan for a machine with this much to spare, or for a GPU that has this much, such as "
+    "24G.  [default: what is here]",
 )
-@option(
-    "--max-model-len",
+@engine_options(
     section="Memory plan",
-    type=Count(),
-    metavar="N",
-    help="A sequence of so many tokens must fit.  [default: as many as memory holds]",
-)
-@option(
-    "--max-num-seqs",
-    section="Memory plan",
-    type=click.IntRange(1, 65536),
-    metavar="N",
-    default=256,
-    show_default=True,
-    help="Sequences that run together.",
-)
-@option(
-    "--max-num-batched-tokens",
-    section="Memory plan",
-    type=Count(),
-    metavar="N",
-    default=2048,
-    show_default=True,
-    help="Tokens of the largest step.",
-)
-@option(
-    "--dtype",
-    section="Memory plan",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    show_default=True,
+    threads=False,
+    batch=True,
+    max_model_len="A sequence of so many tokens must fit.  [default: as many as memory holds]",
 )
 @option("--tensors", "show_tensors", section="Output", is_flag=True, help="List every tensor.")
 @option(
@@ -107,9 +87,10 @@ def command(model: str | None, **options: Any) -> int:
 
     MODEL is a checkpoint directory, a hub model (downloaded if it is not there), or one of the
     shapes that need no files: llama-3.2-1b, llama-3.1-8b, smollm2-135m, qwen3-0.6b. Without it, the
-    bundled story model. Only headers are read. The memory plan is the CPU engine's: all that is
-    resident when the KV cache is full. The exit code is 4 where that is more than there is. Sizes
-    may be written 24G (2^30) or 24g (10^9).
+    bundled story model. Only headers are read. The memory plan is what is resident when the KV
+    cache is full; with --device cuda, what is taken of the GPU, for which --memory needs no GPU.
+    The exit code is 4 where that is more than there is. Sizes may be written 24G (2^30) or 24g
+    (10^9).
     """
     output = Output()
     report = _inspect(model, options)
@@ -134,9 +115,9 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
     tokenizer: Tokenizer | None = None
     warnings: list[str] = []
     program = _resident_bytes()
-    shape = _named_shape(model) if model and not Path(model).is_dir() else None
+    shape = named_shape(model)
     if shape is not None:
-        config, dtype, tensors = shape
+        config, dtype, tensors = _headers_of_shape(shape)
     else:
         directory = find_model(
             model or str(BUNDLED_MODEL), revision=options["revision"], offline=options["offline"]
@@ -154,20 +135,21 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
             f"max_model_len is {asked}; it must be from 2 to {own}, the model's "
             "max_position_embeddings."
         )
+    num_seqs, step_tokens = options["max_num_seqs"], options["max_num_batched_tokens"]
+    if step_tokens is not None and step_tokens < num_seqs:
+        raise InvalidRequestError(
+            f"max_num_batched_tokens is {step_tokens}; it must be at least max_num_seqs, which is "
+            f"{num_seqs}."
+        )
+    room = _room(options, program)
     limits = Limits(
         dtype=compute_dtype(options["dtype"], dtype),
+        device=room.device,
         max_model_len=asked,
-        max_num_seqs=options["max_num_seqs"],
-        max_num_batched_tokens=max(options["max_num_batched_tokens"], options["max_num_seqs"]),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=step_tokens or max(2048, num_seqs),
     )
-    memory = options["memory"]
-    plan = make_plan(
-        config,
-        tensors,
-        limits,
-        memory=_core.available_memory() if memory is None else memory,
-        program=program,
-    )
+    plan = make_plan(config, tensors, limits, memory=room.memory, program=room.program)
     sampling, sampling_warnings = _sampling(directory)
     files: Counter[str] = Counter()
     for tensor in tensors:
@@ -191,7 +173,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer, config),
         "eos_token_ids": _eos_token_ids(directory, tokenizer),
         "sampling": sampling,
-        "memory": _memory(plan, limits.dtype, options),
+        "memory": _memory(plan, limits, room),
         "warnings": warnings + sampling_warnings,
     }
     if options["show_tensors"]:
@@ -199,15 +181,12 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _named_shape(name: str) -> tuple[dict[str, Any], str, list[TensorHeader]] | None:
+def _headers_of_shape(
+    published: dict[str, Any],
+) -> tuple[dict[str, Any], str, list[TensorHeader]]:
     """The config, dtype and tensors of a published shape, of which there are no files."""
-    if "/" in name:
-        return None
     from tinyvllm import _core, dummy
 
-    published = dummy.NAMED_CONFIGS.get(name)
-    if published is None:
-        return None
     with tempfile.TemporaryDirectory(prefix="tinyvllm-inspect-") as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(published))
@@ -235,6 +214,50 @@ def _resident_bytes() -> int:
     """What this process holds now: the program and the tokenizer, and no model yet."""
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Room(NamedTuple):
+    """Where the plan is for, and what is there: bytes, and in words where they come from."""
+
+    device: str  # cpu or cuda
+    memory: int
+    memory_from: str
+    program: int
+    program_from: str
+
+
+def _room(options: dict[str, Any], program: int) -> _Room:
+    """program: what this process holds."""
+    from tinyvllm import _core
+
+    device, memory = options["device"], options["memory"]
+    if device == "auto" and _core.cuda_build() == "gpu":  # as the engine chooses
+        try:
+            _core.cuda_memory()
+            device = "cuda"
+        except DeviceError:
+            device = "cpu"
+    if device != "cuda":
+        return _Room(
+            "cpu",
+            _core.available_memory() if memory is None else memory,
+            "this machine" if memory is None else "--memory",
+            program,
+            "Python, the libraries and the tokenizer, as measured here",
+        )
+    if memory is not None:
+        return _Room(
+            "cuda", memory, "--memory", GPU_PROGRAM, "the driver and its context, as assumed here"
+        )
+    if _core.cuda_build() == "none":
+        raise DeviceError(
+            "device cuda: this build has no CUDA backend. Build it with `make cuda`, or say how "
+            "much memory the GPU has: --device cuda --memory 80G."
+        )
+    free, total = _core.cuda_memory()
+    return _Room(
+        "cuda", total, "this GPU", total - free, "the driver, its context and other programs"
+    )
 
 
 def _tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,14 +313,16 @@ def _sampling(directory: Path | None) -> tuple[dict[str, dict[str, Any]], list[s
     return sampling, defaults.warnings
 
 
-def _memory(plan: MemoryPlan, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+def _memory(plan: MemoryPlan, limits: Limits, room: _Room) -> dict[str, Any]:
     return {
+        "device": room.device,
         "available": plan.memory,
-        "available_from": "this machine" if options["memory"] is None else "--memory",
-        "dtype": dtype,
-        "max_num_seqs": options["max_num_seqs"],
-        "max_num_batched_tokens": max(options["max_num_batched_tokens"], options["max_num_seqs"]),
+        "available_from": room.memory_from,
+        "dtype": limits.dtype,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
         "program": plan.program,
+        "program_from": room.program_from,
         "weights": plan.weights,
         "mapped_weights": plan.mapped_weights,
         "copied_weights": plan.copied_weights,
@@ -392,17 +417,17 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     limit = {
         "sequences": f"all that {memory['max_num_seqs']} sequences can use",
         "share": "40% of memory, as LLM() takes it",
+        "utilization": f"what is left of {GPU_UTILIZATION:.0%} of the GPU",
         "left": "all that is left",
     }[memory["kv_limit"]]
-    copied = memory["copied_weights"]
+    weights = "copied to the GPU"
+    if memory["device"] == "cpu":
+        weights = f"{_size(memory['mapped_weights'])} as they lie in the files"
+        if memory["copied_weights"]:
+            weights += f", {_size(memory['copied_weights'])} copied"
     plan = [
-        ("program", "program", "Python, the libraries and the tokenizer, as measured here"),
-        (
-            "weights",
-            "weights",
-            f"{_size(memory['mapped_weights'])} as they lie in the files"
-            + (f", {_size(copied)} copied" if copied else ""),
-        ),
+        ("program", "program", memory["program_from"]),
+        ("weights", "weights", weights),
         (
             "activations",
             "activations",
@@ -440,7 +465,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
         if memory["fits"]
         else "does not fit"
     )
-    return [*rows, ("memory", f"{memory['dtype']}: {verdict}")]
+    return [*rows, ("memory", f"{memory['dtype']} on {memory['device']}: {verdict}")]
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> list[str]:
@@ -476,6 +501,7 @@ def _shortage(memory: dict[str, Any]) -> str:
         f"it will not fit: {_size(memory['needed'] - memory['kv_cache'])} without KV cache and "
         f"{_size(wanted * memory['kv_bytes_per_token'])} for {wanted:,} tokens of it, and there "
         f"are {_size(memory['available'])}"
+        + (f", of which {GPU_UTILIZATION:.0%} may be used" if memory["device"] == "cuda" else "")
     )
     if memory["kv_tokens"]:
         return f"{text}; the cache gets {memory['kv_tokens']:,} tokens. Lower --max-model-len."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,8 +17,12 @@ if TYPE_CHECKING:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+DEFAULT_MAX_TOKENS = 256  # of output, where neither the model nor the user says
+# The largest step where somebody waits: a signal is seen when it ends.
+INTERACTIVE_STEP_TOKENS = 512
 
-def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
+
+def together(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
     """One decorator for many options, which --help lists in this order."""
 
     def decorate(function: _Function) -> _Function:
@@ -28,11 +34,19 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Funct
     return decorate
 
 
+hub_options = together(
+    option(
+        "--revision", section="Model", metavar="REV", help="Branch, tag or commit of a hub model."
+    ),
+    option("--offline", section="Model", is_flag=True, help="Never use the network."),
+)
+
+
 def model_options(
     metavar: str = "DIR|ORG/NAME", kinds: str = "Checkpoint directory or hub model."
 ) -> Callable[[_Function], _Function]:
     """kinds: what --model may be, in words."""
-    return _together(
+    return together(
         option(
             "-m",
             "--model",
@@ -40,20 +54,32 @@ def model_options(
             metavar=metavar,
             help=f"{kinds}  [default: the bundled story model]",
         ),
-        option(
-            "--revision",
-            section="Model",
-            metavar="REV",
-            help="Branch, tag or commit of a hub model.",
-        ),
-        option("--offline", section="Model", is_flag=True, help="Never use the network."),
+        hub_options,
     )
+
+
+def generation_config_option(section: str) -> Callable[[_Function], _Function]:
+    return option(
+        "--generation-config",
+        section=section,
+        metavar="auto|none|FILE",
+        default="auto",
+        show_default=True,
+        help="Where sampling defaults come from.",
+    )
+
+
+def quiet_option(
+    section: str = "Output", kept: str = "Nothing on stderr but errors."
+) -> Callable[[_Function], _Function]:
+    """kept: what --quiet leaves, in words."""
+    return option("-q", "--quiet", section=section, is_flag=True, help=kept)
 
 
 def sampling_options(default_max_tokens: str) -> Callable[[_Function], _Function]:
     """default_max_tokens: what holds where neither the model nor the user says, in words."""
     section = "Sampling"
-    return _together(
+    return together(
         option(
             "-n",
             "--max-tokens",
@@ -161,54 +187,84 @@ def sampling_options(default_max_tokens: str) -> Callable[[_Function], _Function
             is_flag=True,
             help="Keep special tokens in the text.",
         ),
-        option(
-            "--generation-config",
-            section=section,
-            metavar="auto|none|FILE",
-            default="auto",
-            show_default=True,
-            help="Where sampling defaults come from.",
-        ),
+        generation_config_option(section),
     )
 
 
-engine_options = _together(
-    option(
-        "--threads",
-        section="Engine",
-        type=click.IntRange(1, 1024),
-        help="[default: one a physical core]",
-    ),
-    option(
-        "--dtype",
-        section="Engine",
-        type=click.Choice(["auto", "bfloat16", "float32"]),
-        default="auto",
-        show_default=True,
-    ),
-    option(
-        "--device",
-        section="Engine",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-    ),
-    option(
-        "--max-model-len",
-        section="Engine",
+def engine_options(
+    *,
+    section: str = "Engine",
+    threads: bool = True,
+    batch: bool = False,
+    max_model_len: str = "Tokens of prompt and output together.  [default: the model's, as far as "
+    "memory holds]",
+) -> Callable[[_Function], _Function]:
+    """batch: for who runs many sequences, how many and in what steps.
+
+    max_model_len: what that is, in words.
+    """
+    options = [
+        option(
+            "--dtype",
+            section=section,
+            type=click.Choice(["auto", "bfloat16", "float32"]),
+            default="auto",
+            show_default=True,
+        ),
+        option(
+            "--device",
+            section=section,
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
+        option("--max-model-len", section=section, type=Count(), metavar="N", help=max_model_len),
+    ]
+    if threads:
+        options.insert(
+            0,
+            option(
+                "--threads",
+                section=section,
+                type=click.IntRange(1, 1024),
+                help="[default: one a physical core]",
+            ),
+        )
+    if batch:
+        options += [
+            option(
+                "--max-num-seqs",
+                section=section,
+                type=click.IntRange(1, 65536),
+                metavar="N",
+                default=256,
+                show_default=True,
+                help="Sequences that run together.",
+            ),
+            max_num_batched_tokens_option(section),
+        ]
+    return together(*options)
+
+
+def max_num_batched_tokens_option(section: str = "Engine") -> Callable[[_Function], _Function]:
+    return option(
+        "--max-num-batched-tokens",
+        section=section,
         type=Count(),
         metavar="N",
-        help="Tokens of prompt and output together.  [default: the model's, as far as memory "
-        "holds]",
-    ),
-)
+        help="Tokens of the largest step, which a signal waits for.  [default: 2048, and at least "
+        "--max-num-seqs]",
+    )
 
 
-def open_llm(options: dict[str, Any], **arguments: Any) -> LLM:
-    """The LLM of model_options and engine_options; `arguments` are further ones of LLM."""
+@contextmanager
+def open_llm(options: dict[str, Any], **arguments: Any) -> Iterator[LLM]:
+    """The LLM of model_options, engine_options and quiet_option; `arguments` are further ones of
+    LLM. What the user should know of it is said on stderr."""
+    from tinyvllm.cli.report import note, notes
     from tinyvllm.llm import BUNDLED_MODEL, LLM
 
-    return LLM(
+    with LLM(
         options["model"] or BUNDLED_MODEL,
         revision=options["revision"],
         offline=options["offline"],
@@ -216,8 +272,22 @@ def open_llm(options: dict[str, Any], **arguments: Any) -> LLM:
         dtype=options["dtype"],
         num_threads=options["threads"],
         max_model_len=options["max_model_len"],
+        quiet=options["quiet"],
         **arguments,
-    )
+    ) as llm:
+        if not options["quiet"]:
+            for line in notes(llm, options["max_model_len"]):
+                note(line)
+        yield llm
+
+
+def named_shape(model: str | None) -> dict[str, Any] | None:
+    """The config.json of a named shape. A directory of that name goes before it."""
+    if model is None or Path(model).is_dir():
+        return None
+    from tinyvllm.dummy import NAMED_CONFIGS
+
+    return NAMED_CONFIGS.get(model)
 
 
 def sampling_params(

@@ -17,9 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinyvllm.cli.generate import DEFAULT_MAX_TOKENS
 from tinyvllm.cli.line_io import LineReader, LineWriter
-from tinyvllm.cli.model_options import engine_options, model_options, open_llm
+from tinyvllm.cli.model_options import (
+    DEFAULT_MAX_TOKENS,
+    engine_options,
+    generation_config_option,
+    model_options,
+    open_llm,
+    quiet_option,
+)
 from tinyvllm.cli.options import Command, Count, option
 from tinyvllm.cli.terminal import Stopped
 from tinyvllm.errors import InvalidRequestError
@@ -44,9 +50,7 @@ A line, and the keys of its answer:
 """
 
 
-@click.command(
-    cls=Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=_EPILOG)
 @option(
     "-i",
     "--input",
@@ -71,7 +75,7 @@ A line, and the keys of its answer:
     is_flag=True,
     help="Keep the answers that the output has, and go on after them.",
 )
-@option("-q", "--quiet", section="Files", is_flag=True, help="Nothing on stderr but errors.")
+@quiet_option("Files")
 @model_options()
 @option(
     "-n",
@@ -97,14 +101,7 @@ A line, and the keys of its answer:
     show_default=True,
     help="A line's own seed comes from this and its line number.",
 )
-@option(
-    "--generation-config",
-    section="Sampling, where a line does not say",
-    metavar="auto|none|FILE",
-    default="auto",
-    show_default=True,
-    help="Where sampling defaults come from.",
-)
+@generation_config_option("Sampling, where a line does not say")
 @option(
     "--window",
     section="Engine",
@@ -113,25 +110,7 @@ A line, and the keys of its answer:
     help="Lines that are read and whose answers are not yet written: what a kill loses, and what "
     "memory holds.  [default: twice --max-num-seqs]",
 )
-@option(
-    "--max-num-seqs",
-    section="Engine",
-    type=click.IntRange(1, 65536),
-    metavar="N",
-    default=256,
-    show_default=True,
-    help="Sequences that run together.",
-)
-@option(
-    "--max-num-batched-tokens",
-    section="Engine",
-    type=Count(),
-    metavar="N",
-    default=2048,
-    show_default=True,
-    help="Tokens of a step; a signal waits for the end of one.",
-)
-@engine_options
+@engine_options(batch=True)
 def command(**options: Any) -> int:
     """Answer a file of requests, one a line.
 
@@ -163,20 +142,16 @@ def command(**options: Any) -> int:
     if options["resume"]:
         _skip_answered(reader, target, options, tally)
 
-    from tinyvllm.cli.report import note, notes
+    from tinyvllm.cli.report import note
 
     quiet = options["quiet"]
     with open_llm(
         options,
-        quiet=quiet,
         max_num_seqs=options["max_num_seqs"],
-        max_num_batched_tokens=max(options["max_num_batched_tokens"], options["max_num_seqs"]),
+        max_num_batched_tokens=options["max_num_batched_tokens"],
         generation_config=options["generation_config"],
         seed=options["seed"],
     ) as llm:
-        if not quiet:
-            for line in notes(llm, options["max_model_len"]):
-                note(line)
         flags = {name: options[name] for name in ("max_tokens", "temperature")}
         settings = Settings(
             model=options["model"] or "bundled",

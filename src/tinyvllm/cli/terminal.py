@@ -12,8 +12,12 @@ from types import FrameType
 from tinyvllm.errors import InvalidRequestError
 
 
-class Stopped(BaseException):
-    """The program was told to stop: by a signal, or because nobody reads its output any more."""
+class Stopped(SystemExit):
+    """The program was told to stop: by a signal, or because nobody reads its output any more.
+
+    A SystemExit, because an event loop (that of `chat`'s line editor) lets through nothing else
+    that is raised while it runs a callback, which is where a signal may come.
+    """
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
