@@ -125,7 +125,10 @@ def signature(function: ast.FunctionDef) -> list[str]:
 
 
 def stub_members(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    return {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    variables = (node for node in body if isinstance(node, ast.AnnAssign))
+    public = {ast.unparse(node.target): node for node in variables}
+    return {**named, **{name: node for name, node in public.items() if name[0] != "_"}}
 
 
 def is_property(node: ast.stmt) -> bool:
@@ -144,7 +147,7 @@ OWNERS |= {name: member for name, member in vars(_core).items() if isinstance(me
 WITH_CUDA = {
     *("CudaContext", "MatmulPlan", "MatmulTimer", "streaming_shapes", "num_normalising_shapes"),
     *("cuda_sample", "cuda_logprobs", "cuda_feed_tokens", "upload_and_read_back"),
-    *("matmul_by_plan", "time_attention", "time_sampling"),
+    *("matmul_by_plan", "time_attention", "time_sampling", "cuda_memory"),
 }
 EMULATED = {"trap_names", "run_trap"}
 ABSENT = {
@@ -156,7 +159,7 @@ ABSENT = {
 
 def stub_of(owner: str) -> dict[str, ast.stmt]:
     if owner == "_core":
-        members = {name: node for name, node in STUB.items() if name != "_Ops"}
+        members = {name: node for name, node in STUB.items() if name not in ("_Ops", "ops")}
     else:
         node = STUB["_Ops" if owner == "ops" else owner]
         assert isinstance(node, ast.ClassDef)

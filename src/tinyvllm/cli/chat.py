@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -24,7 +26,7 @@ from tinyvllm.cli.model_options import (
     sampling_params,
 )
 from tinyvllm.cli.options import Command, option
-from tinyvllm.cli.terminal import Interrupts, Output, catch_interrupts, printable
+from tinyvllm.cli.terminal import Interrupts, Output, Stopped, catch_interrupts, printable
 from tinyvllm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ class _Chat:
         interrupted = False  # the last thing that the user did was Ctrl-C
         while not self._leaving:
             try:
-                line = session.prompt()
+                line = _read_line(session)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -353,6 +355,26 @@ def _say(line: str) -> None:
 
 def _count_of(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _read_line(session: PromptSession[str]) -> str:
+    """The next line. What a signal raises in the middle of the editor's event loop, its callbacks
+    report as an error of their own; so the loop handles SIGTERM, and Stopped comes from here."""
+    application = session.app
+
+    def stop() -> None:
+        if application.future is not None and not application.future.done():
+            application.exit(exception=Stopped(128 + signal.SIGTERM))
+
+    def handle_sigterm() -> None:
+        if before is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return session.prompt(pre_run=handle_sigterm)
+    finally:
+        signal.signal(signal.SIGTERM, before)  # the loop leaves the default
 
 
 def _line_editor(commands: list[str]) -> PromptSession[str]:
