@@ -113,7 +113,9 @@ format: $(STAMPS)/dev  ## clang-format and ruff, written in place
 # The CUDA code compiled for the CPU, in an environment of its own beside .venv: the ops and the
 # engine on "cuda" (csrc/cuda/emulator), nothing that `make test` runs on the CPU. With
 # $(EMULATE)/venv/bin/tinyvllm the whole engine can be tried; it is slow.
+# WERROR=ON makes it what lint-warnings is, too: it compiles everything.
 EMULATE := build/emulate
+WERROR ?= OFF
 EMULATE_TESTS = tests/ops tests/test_build.py tests/test_emulator.py $(wildcard tests/test_*cuda*.py)
 
 $(EMULATE)/venv/made: requirements-build.txt
@@ -123,7 +125,8 @@ $(EMULATE)/venv/made: requirements-build.txt
 
 emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	$(EMULATE)/venv/bin/python $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(EMULATE)/cmake \
-	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
+	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE --config-settings=cmake.define.TINYVLLM_WERROR=$(WERROR) \
+	  '.[test]'
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
 # On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.

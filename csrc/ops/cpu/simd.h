@@ -154,9 +154,10 @@ TINYVLLM_INLINE Float exp2_of_sum(Float n, Float r) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  const Int underflow = n < -125.0f;
-  const Int scaled = reinterpret_cast<Int>(p) + (__builtin_convertvector(n, Int) << 23);
-  const Int kept = scaled & ~underflow;
+  // Unsigned, so that lanes whose result nobody wants may wrap.
+  const auto underflow = reinterpret_cast<UInt>(n < -125.0f);
+  const auto exponent = reinterpret_cast<UInt>(__builtin_convertvector(n, Int));
+  const UInt kept = (reinterpret_cast<UInt>(p) + (exponent << 23)) & ~underflow;
   return reinterpret_cast<Float>(kept);
 #endif
 }
