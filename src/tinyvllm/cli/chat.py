@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import shutil
 import signal
@@ -360,6 +359,8 @@ def _count_of(number: int, thing: str) -> str:
 def _read_line(session: PromptSession[str]) -> str:
     """The next line. What a signal raises in the middle of the editor's event loop, its callbacks
     report as an error of their own; so the loop handles SIGTERM, and Stopped comes from here."""
+    import asyncio
+
     application = session.app
 
     def stop() -> None:
