@@ -211,6 +211,13 @@ MappedFile::~MappedFile() {
   munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
 }
 
+void MappedFile::release_pages(std::span<const std::byte> range) const noexcept {
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(range.data());
+  const std::uintptr_t first = (begin + g_page_size - 1) & ~(g_page_size - 1);
+  const std::uintptr_t end = (begin + range.size()) & ~(g_page_size - 1);
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+}
+
 bool MappedFile::failed() const noexcept { return range_->failed.load(); }
 
 void MappedFile::check() const {

@@ -218,7 +218,8 @@ void bind_engine_class(py::module_& module) {
                        std::uint64_t prefix_hash_mask, std::int64_t fail_at_step,
                        std::vector<std::int32_t> eos_token_ids,
                        std::optional<std::filesystem::path> trace, const std::string& device,
-                       double gpu_memory_utilization, bool enforce_eager, bool batch_invariant) {
+                       double gpu_memory_utilization, bool enforce_eager, bool batch_invariant,
+                       bool repack_weights) {
              const EngineConfig config{.device = parse_device(device),
                                        .dtype = parse_dtype(dtype),
                                        .max_model_len = max_model_len,
@@ -228,6 +229,7 @@ void bind_engine_class(py::module_& module) {
                                        .num_blocks = num_blocks,
                                        .kv_cache_memory_bytes = kv_cache_memory_bytes,
                                        .num_threads = num_threads,
+                                       .repack_weights = repack_weights,
                                        .gpu_memory_utilization = gpu_memory_utilization,
                                        .enforce_eager = enforce_eager,
                                        .batch_invariant = batch_invariant,
@@ -249,7 +251,7 @@ void bind_engine_class(py::module_& module) {
            "prefix_hash_mask"_a = ~std::uint64_t{0}, "fail_at_step"_a = 0,
            "eos_token_ids"_a = std::vector<std::int32_t>(), "trace"_a = py::none(),
            "device"_a = "auto", "gpu_memory_utilization"_a = 0.9, "enforce_eager"_a = false,
-           "batch_invariant"_a = false)
+           "batch_invariant"_a = false, "repack_weights"_a = false)
       .def(
           "add_request",
           [](const EngineHandle& handle, RequestId id, std::vector<std::int32_t> prompt,
@@ -298,7 +300,7 @@ class Model {
  public:
   Model(const std::filesystem::path& directory, const std::string& dtype, int num_threads,
         std::int64_t block_size, const std::string& device, bool enforce_eager,
-        bool batch_invariant)
+        bool batch_invariant, bool repack_weights)
       : checkpoint_(Checkpoint::open(directory)) {
     config_.device = parse_device(device);
     config_.dtype = parse_dtype(dtype);
@@ -307,6 +309,7 @@ class Model {
     config_.num_threads = num_threads;
     config_.enforce_eager = enforce_eager;
     config_.batch_invariant = batch_invariant;
+    config_.repack_weights = repack_weights;
     config_.cuda_library_directories = cuda_library_directories();
   }
 
@@ -371,9 +374,10 @@ struct CachedPool {
 void bind_parts(py::module_& module) {
   py::class_<Model>(module, "Model", "The forward pass alone, for tests and for study.")
       .def(py::init<const std::filesystem::path&, const std::string&, int, std::int64_t,
-                    const std::string&, bool, bool>(),
+                    const std::string&, bool, bool, bool>(),
            "directory"_a, "dtype"_a = "auto", "num_threads"_a = 0, "block_size"_a = 16,
-           "device"_a = "auto", "enforce_eager"_a = false, "batch_invariant"_a = false)
+           "device"_a = "auto", "enforce_eager"_a = false, "batch_invariant"_a = false,
+           "repack_weights"_a = false)
       .def("logits", &Model::logits, "token_ids"_a, "chunk_size"_a = 0,
            "Logits [T, vocab] of a sequence; chunk_size > 0 feeds it through the KV cache in "
            "chunks.");

@@ -23,6 +23,7 @@
 #include "ops/matmul.h"
 #include "ops/norm_matmul.h"
 #include "ops/paged_attention.h"
+#include "ops/repack.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/rope_and_attend.h"
@@ -147,11 +148,38 @@ Weight weight_of(const std::vector<py::array>& blocks,
   return weight;
 }
 
+// A weight, and the memory of its panels if it is in panels.
+struct Repacked {
+  Memory memory;
+  Weight weight;
+};
+
+Repacked in_layout(const AnyContext& any, const Weight& weight, const std::string& layout) {
+  if (layout == "rows") return {{}, weight};
+  if (layout != "panels" || !on_cpu(any)) refuse("layout \"" + layout + "\" is unknown here");
+  const CpuContext& ctx = *std::get<const CpuContext*>(any);
+  Memory memory = ctx.allocate_in_large_pages(repacked_bytes(weight), "repacked weights");
+  const Weight repacked = repack(ctx, weight, static_cast<std::byte*>(memory.get()));
+  return {std::move(memory), repacked};
+}
+
+// The panels [ceil(rows / 32), ceil(depth / pair), 32 pair] of one row block.
+py::array bind_repack(const CpuContext& ctx, const py::array& block) {
+  const Weight weight = weight_of({block}, {});
+  const std::int64_t columns = kPanelOutputs * panel_depth(weight.dtype, 1);
+  const std::int64_t bytes = static_cast<std::int64_t>(repacked_bytes(weight));
+  py::array out = make(weight.dtype, bytes / (columns * static_cast<int>(size_of(weight.dtype))),
+                       columns);
+  repack(ctx, weight, static_cast<std::byte*>(view(out).data));
+  return out;
+}
+
 py::array bind_matmul(const AnyContext& any, const py::array& x,
                       const std::vector<py::array>& blocks,
                       const std::vector<std::optional<Floats>>& biases,
-                      const std::string& out_dtype) {
-  const Weight weight = weight_of(blocks, biases);
+                      const std::string& out_dtype, const std::string& layout) {
+  const Repacked repacked = in_layout(any, weight_of(blocks, biases), layout);
+  const Weight& weight = repacked.weight;
   py::array out = make(named(out_dtype), view(x).rows, weight.outputs());
   run(any, [&](const auto& ctx, auto& operands) {
     matmul(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(out)));
@@ -162,7 +190,8 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
 // Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
 // `copies` different matrices used in turn, as in a model, so that no cache holds them all.
 std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
-                                std::int64_t depth, std::int64_t copies, std::int64_t rounds) {
+                                std::int64_t depth, std::int64_t copies, std::int64_t rounds,
+                                const std::string& layout) {
   if (std::min({rows, outputs, depth, copies, rounds}) < 1) refuse("a size is less than 1");
   const BFloat16 one = to_bfloat16(1.0f);
   // x as a model has it, and the weights at no special address, as in a file.
@@ -170,16 +199,20 @@ std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::i
   const Memory x_memory = ctx.allocate(static_cast<std::size_t>(rows * x_stride) * sizeof(one));
   auto* x = static_cast<BFloat16*>(x_memory.get());
   std::fill_n(x, rows * x_stride, one);
-  std::vector<BFloat16> weights(static_cast<std::size_t>(copies * outputs * depth), one);
+  std::vector<BFloat16> values(static_cast<std::size_t>(copies * outputs * depth), one);
+  std::vector<Repacked> weights;
+  for (std::int64_t copy = 0; copy < copies; ++copy) {
+    Weight weight;
+    weight.blocks[0] = {values.data() + copy * outputs * depth, outputs, nullptr};
+    weight.depth = depth;
+    weights.push_back(in_layout(&ctx, weight, layout));
+  }
   std::vector<float> out(static_cast<std::size_t>(rows * outputs));
   std::vector<double> seconds;
   for (std::int64_t round = -1; round < rounds; ++round) {
     const auto start = std::chrono::steady_clock::now();
-    for (std::int64_t copy = 0; copy < copies; ++copy) {
-      Weight weight;
-      weight.blocks[0] = {weights.data() + copy * outputs * depth, outputs, nullptr};
-      weight.depth = depth;
-      matmul(ctx, {x, DType::kBFloat16, rows, depth, x_stride}, weight,
+    for (const Repacked& repacked : weights) {
+      matmul(ctx, {x, DType::kBFloat16, rows, depth, x_stride}, repacked.weight,
              {out.data(), DType::kFloat32, rows, outputs, outputs});
     }
     const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
@@ -191,8 +224,10 @@ std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::i
 // Returns the new residual.
 py::array bind_matmul_add(const AnyContext& any, const py::array& x,
                           const std::vector<py::array>& blocks, const Floats& residual,
-                          const std::vector<std::optional<Floats>>& biases) {
-  const Weight weight = weight_of(blocks, biases);
+                          const std::vector<std::optional<Floats>>& biases,
+                          const std::string& layout) {
+  const Repacked repacked = in_layout(any, weight_of(blocks, biases), layout);
+  const Weight& weight = repacked.weight;
   py::array sum = py::array(residual).attr("copy")();
   run(any, [&](const auto& ctx, auto& operands) {
     matmul_add(ctx, operands.read(view(x)), operands.read(weight), operands.write(view(sum)));
@@ -494,6 +529,7 @@ void bind_ops(py::module_& module) {
              "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
   module.def("time_matmul", &time_matmul, py::arg("ctx"), py::arg("rows"), py::arg("outputs"),
              py::arg("depth"), py::arg("copies") = 1, py::arg("rounds") = 5,
+             py::arg("layout") = "rows",
              py::call_guard<py::gil_scoped_release>(),
              "Seconds of one bfloat16 matmul [rows, depth] x [outputs, depth], a value a round.");
 
@@ -503,9 +539,11 @@ void bind_ops(py::module_& module) {
           py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
           py::arg("biases") = std::vector<std::optional<Floats>>(),
-          py::arg("out_dtype") = "float32");
+          py::arg("out_dtype") = "float32", py::arg("layout") = "rows");
+  ops.def("repack", &bind_repack, py::arg("ctx"), py::arg("block"));
   ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
-          py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>());
+          py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>(),
+          py::arg("layout") = "rows");
   ops.def("norm_matmul", &bind_norm_matmul, py::arg("ctx"), py::arg("x"), py::arg("norm"),
           py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
           py::arg("biases") = std::vector<std::optional<Floats>>(),

@@ -292,6 +292,16 @@ std::vector<std::string> Checkpoint::names() const {
   return out;
 }
 
+void Checkpoint::release_pages(const void* data, std::size_t bytes) const noexcept {
+  const auto* begin = static_cast<const std::byte*>(data);
+  for (const auto& file : files_) {
+    const std::span<const std::byte> all = file->bytes();
+    if (begin >= all.data() && begin < all.data() + all.size()) {
+      file->release_pages({begin, bytes});
+    }
+  }
+}
+
 bool Checkpoint::any_file_failed() const noexcept {
   return std::ranges::any_of(files_, [](const auto& file) { return file->failed(); });
 }

@@ -62,6 +62,10 @@ class Checkpoint {
   // What is odd but harmless, one line each, for the front end to print.
   const std::vector<std::string>& warnings() const { return warnings_; }
 
+  // Takes the pages of a range inside a mapped file out of this process's memory until they are
+  // touched again; of any other memory, does nothing.
+  void release_pages(const void* data, std::size_t bytes) const noexcept;
+
   // True once a page of any file could not be read. One atomic load a file; for use after every
   // step.
   bool any_file_failed() const noexcept;

@@ -4,14 +4,25 @@
 #include <utility>
 
 #include "base/host.h"
+#include "model/repacked_weights.h"
 
 namespace tinyvllm {
 
-CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, int num_threads,
+namespace {
+
+Weights weights_for(const CpuContext& ctx, const Checkpoint& checkpoint, DType compute,
+                    bool repack) {
+  Weights weights = load_weights(ctx, checkpoint, compute);
+  return repack ? repack_weights(ctx, checkpoint, std::move(weights)) : std::move(weights);
+}
+
+}  // namespace
+
+CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, bool repack, int num_threads,
                      std::int64_t max_tokens, std::int64_t max_draws,
                      std::vector<std::int32_t> eos_token_ids)
     : ctx_(num_threads),
-      model_(ctx_, checkpoint.config(), load_weights(ctx_, checkpoint, compute), max_tokens,
+      model_(ctx_, checkpoint.config(), weights_for(ctx_, checkpoint, compute, repack), max_tokens,
              std::max(max_draws, kPromptLogprobRows)),
       sampler_(std::move(eos_token_ids)),
       sampler_workspaces_(static_cast<std::size_t>(ctx_.num_threads())) {}

@@ -14,9 +14,11 @@ namespace tinyvllm {
 
 class CpuRunner : public Runner {
  public:
-  // The checkpoint must outlive the runner: its mappings are the weights.
-  CpuRunner(const Checkpoint& checkpoint, DType compute, int num_threads, std::int64_t max_tokens,
-            std::int64_t max_draws, std::vector<std::int32_t> eos_token_ids);
+  // The checkpoint must outlive the runner: its mappings are the weights, but for those that are
+  // copied or repacked.
+  CpuRunner(const Checkpoint& checkpoint, DType compute, bool repack, int num_threads,
+            std::int64_t max_tokens, std::int64_t max_draws,
+            std::vector<std::int32_t> eos_token_ids);
 
   RunnerInfo info() const override;
   MemoryUse memory_use() const override;

@@ -30,6 +30,9 @@ struct EngineConfig {
   std::optional<std::int64_t> num_blocks;
   std::optional<std::int64_t> kv_cache_memory_bytes;
   int num_threads = 0;  // 0: one a physical core
+  // On a CPU: matrices in panels (ops/repack.h), a copy of all weights. Faster with many tokens a
+  // step, slower to start; other bits than without, as much the same in every batch.
+  bool repack_weights = false;
   // On a GPU: which share of its memory weights, KV pool and all else may take together; whether to
   // do without graphs; whether a request's bits are the same in every batch, as they are on the CPU;
   // and where cuBLASLt is looked for before the system's own places.

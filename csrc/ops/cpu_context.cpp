@@ -70,6 +70,12 @@ Memory CpuContext::allocate(std::size_t bytes, const char* purpose) const {
   return Memory(memory, {[](void* address, std::size_t size) { munmap(address, size); }, bytes});
 }
 
+Memory CpuContext::allocate_in_large_pages(std::size_t bytes, const char* purpose) const {
+  Memory memory = allocate(bytes, purpose);
+  madvise(memory.get(), bytes, MADV_HUGEPAGE);
+  return memory;
+}
+
 std::byte* CpuContext::scratch(std::size_t bytes) const {
   constexpr std::size_t kAlignment = 64;
   if (bytes > scratch_bytes_) {

@@ -26,6 +26,9 @@ class CpuContext {
   // with the purpose and the bytes.
   Memory allocate(std::size_t bytes, const char* purpose = "activations") const;
 
+  // The same in pages of 2 MiB where the system has them, for what is read from end to end.
+  Memory allocate_in_large_pages(std::size_t bytes, const char* purpose) const;
+
   // How far apart the rows of a product's x lie, in elements: an odd number of cache lines, so that
   // the rows of a tile do not all fall into one set of the L1 cache, as rows 4 KiB apart do.
   std::int64_t operand_stride(DType dtype, std::int64_t cols) const {

@@ -2,12 +2,13 @@
 //
 //   x       [num_rows, depth]    float32 or bfloat16
 //   weight  [outputs, depth]     up to three row blocks stacked along the outputs, because q, k, v
-//                                (and gate, up) are separate tensors on disk; one dtype
+//                                (and gate, up) are separate tensors on disk; one dtype, one layout
 //   bias    [outputs]            float32, a part of each row block, or absent
 //   out     [num_rows, outputs]  float32 (on CUDA also bfloat16); may not alias x
 //
 // Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32
-// x float32. Products are added in float32, for one output always in the same order (DESIGN 4.2).
+// x float32. Products are added in float32, for one output always in the same order (DESIGN 4.2), which
+// is another one for each layout.
 #pragma once
 
 #include <array>
@@ -20,8 +21,13 @@ namespace tinyvllm {
 
 class CudaContext;
 
+enum class WeightLayout : std::uint8_t {
+  kRows,    // [rows, depth], contiguous, as in a checkpoint
+  kPanels,  // on the CPU only: what repack.h makes of them
+};
+
 struct RowBlock {
-  const void* data = nullptr;  // [rows, depth], contiguous
+  const void* data = nullptr;  // as the layout says
   std::int64_t rows = 0;
   const float* bias = nullptr;  // [rows], or null
 };
@@ -30,6 +36,7 @@ struct Weight {
   std::array<RowBlock, 3> blocks{};  // those behind the last used one have no rows
   std::int64_t depth = 0;
   DType dtype = DType::kBFloat16;
+  WeightLayout layout = WeightLayout::kRows;
 
   std::int64_t outputs() const { return blocks[0].rows + blocks[1].rows + blocks[2].rows; }
 };

@@ -11,31 +11,37 @@ namespace {
 // weights are long runs of memory, small enough that the threads end at about the same time.
 constexpr std::int64_t kStripBytes = 1024 * 1024;
 constexpr std::int64_t kStripsPerThread = 4;
-constexpr std::int64_t kOutputsMultiple = 4;  // of the register tile
+constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 
 // How `rows` outputs of a row block are cut into strips: `count` of them, the last one shorter.
 struct Strips {
   std::int64_t count, outputs;
 };
 
-Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs) {
+Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs, std::int64_t multiple) {
   if (rows == 0) return {0, 0};
   const std::int64_t count = (rows + most_outputs - 1) / most_outputs;
   const std::int64_t even = (rows + count - 1) / count;
-  const std::int64_t outputs = (even + kOutputsMultiple - 1) / kOutputsMultiple * kOutputsMultiple;
+  const std::int64_t outputs = (even + multiple - 1) / multiple * multiple;
   return {(rows + outputs - 1) / outputs, outputs};
 }
 
 template <typename X, typename W>
-void matmul_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                   bool accumulate, void (*kernel)(const MatmulShare<X, W>&)) {
-  const std::int64_t by_bytes =
-      kStripBytes / (weight.depth * static_cast<std::int64_t>(sizeof(W)) + 1);
+using Kernel = void (*)(const MatmulShare<X, W>&);
+
+template <typename X, typename W>
+void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+                     bool accumulate, Kernel<X, W> rows_kernel, Kernel<X, W> panels_kernel) {
+  const bool panels = weight.layout == WeightLayout::kPanels;
+  const Kernel<X, W> kernel = panels ? panels_kernel : rows_kernel;
+  const std::int64_t multiple = panels ? kPanelOutputs : kTileOutputs;
+  const std::int64_t depth = panels ? panel_depth(weight.dtype, weight.depth) : weight.depth;
+  const std::int64_t by_bytes = kStripBytes / (depth * static_cast<std::int64_t>(sizeof(W)) + 1);
   const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
-  const std::int64_t most_outputs = std::max(kOutputsMultiple, std::min(by_bytes, by_threads));
+  const std::int64_t most_outputs = std::max(multiple, std::min(by_bytes, by_threads));
   std::array<Strips, 3> strips;
   for (std::size_t i = 0; i < strips.size(); ++i) {
-    strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs);
+    strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);
   }
   ctx.parallel_for(strips[0].count + strips[1].count + strips[2].count,
                    [&](std::int64_t strip, int) {
@@ -49,7 +55,7 @@ void matmul_strips(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
                      const std::int64_t n = strip * strips[i].outputs;
                      kernel({.x = x.row<X>(0),
                              .x_stride = x.row_stride,
-                             .weight = static_cast<const W*>(block.data) + n * weight.depth,
+                             .weight = static_cast<const W*>(block.data) + n * depth,
                              .bias = block.bias == nullptr ? nullptr : block.bias + n,
                              .out = out.row<float>(0) + first_output + n,
                              .out_stride = out.row_stride,
@@ -72,11 +78,11 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   }
   const Kernels& kernels = ctx.kernels();
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    matmul_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16);
+    multiply_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16, kernels.matmul_panels_bf16_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    matmul_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16);
+    multiply_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16, kernels.matmul_panels_f32_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    matmul_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32);
+    multiply_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32, kernels.matmul_panels_f32_f32);
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +

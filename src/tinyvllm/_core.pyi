@@ -80,6 +80,7 @@ class Engine:
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         batch_invariant: bool = False,
+        repack_weights: bool = False,
     ) -> None: ...
     def add_request(self, id: int, prompt: Sequence[int], params: SamplingParams) -> None: ...
     def step(self) -> StepOutput: ...
@@ -102,6 +103,7 @@ class Model:
         device: str = "auto",
         enforce_eager: bool = False,
         batch_invariant: bool = False,
+        repack_weights: bool = False,
     ) -> None: ...
     def logits(self, token_ids: npt.ArrayLike, chunk_size: int = 0) -> Floats: ...
 
@@ -155,7 +157,13 @@ class CpuContext:
 def measure_read_bandwidth(ctx: CpuContext, seconds: float = 0.5) -> float: ...
 def measure_arithmetic(ctx: CpuContext, seconds: float = 0.2) -> float: ...
 def time_matmul(
-    ctx: CpuContext, rows: int, outputs: int, depth: int, copies: int = 1, rounds: int = 5
+    ctx: CpuContext,
+    rows: int,
+    outputs: int,
+    depth: int,
+    copies: int = 1,
+    rounds: int = 5,
+    layout: str = "rows",
 ) -> list[float]: ...
 def cuda_build() -> str: ...
 

@@ -63,6 +63,9 @@ class TextEngine:
     kv_cache_memory_bytes, num_gpu_blocks_override: the size of the KV cache, in bytes or in blocks
         of block_size tokens (on any device).
     num_threads: None: one for each physical core that this process may use.
+    repack_weights: on a CPU, a copy of the weights in the order in which products read them fastest:
+        for long prompts and many sequences; it takes as much memory again, which this process shares
+        with no other, and a moment at the start.
     gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and all else together.
     enforce_eager: no CUDA graphs; the results are the same bits.
     batch_invariant: on a GPU, too, a request's bits are the same in every batch; slower.
@@ -97,6 +100,7 @@ class TextEngine:
         load_format: str = "auto",
         batching: str = "continuous",
         batch_invariant: bool = False,
+        repack_weights: bool = False,
         trace: str | Path | None = None,
         offline: bool = False,
         quiet: bool = False,
@@ -148,6 +152,7 @@ class TextEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
             batch_invariant=batch_invariant,
+            repack_weights=repack_weights,
         )
         self._lap("weights", began)
 

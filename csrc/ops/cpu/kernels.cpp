@@ -5,6 +5,7 @@
 #include "ops/cpu/attention_kernel.h"
 #include "ops/cpu/limits_kernel.h"
 #include "ops/cpu/matmul_kernel.h"
+#include "ops/cpu/matmul_panels_kernel.h"
 #include "ops/cpu/row_kernels.h"
 
 #define TINYVLLM_STRING(text) #text
@@ -18,6 +19,9 @@ const Kernels kKernels = {
     .matmul_bf16_bf16 = &matmul<BFloat16, BFloat16>,
     .matmul_f32_bf16 = &matmul<float, BFloat16>,
     .matmul_f32_f32 = &matmul<float, float>,
+    .matmul_panels_bf16_bf16 = &matmul_panels<BFloat16, BFloat16>,
+    .matmul_panels_f32_bf16 = &matmul_panels<float, BFloat16>,
+    .matmul_panels_f32_f32 = &matmul_panels<float, float>,
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,
     .attention_merge = &attention_merge,

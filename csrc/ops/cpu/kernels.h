@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "base/bfloat16.h"
+#include "base/dtype.h"
 
 namespace tinyvllm {
 
@@ -15,17 +16,28 @@ namespace tinyvllm {
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
 // whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch.
+//
+// The weights may lie in panels instead of rows (ops/repack.h). An output is then one lane of a
+// vector, which adds up ascending k, and of a pair of bfloat16 the second one first.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart
   std::int64_t x_stride;
-  const W* weight;    // [num_outputs, depth], contiguous
+  const W* weight;    // [num_outputs, depth], contiguous; or in panels, from the first of one on
   const float* bias;  // [num_outputs], or null
   float* out;         // [num_rows, num_outputs], rows out_stride elements apart
   std::int64_t out_stride;
   bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
 };
+
+// The outputs that lie side by side in a panel, and the elements of k that a panel has: whole lanes
+// of 32 bits. `depth * n` elements before an output n that begins a panel lie the panels before it.
+inline constexpr std::int64_t kPanelOutputs = 32;
+constexpr std::int64_t panel_depth(DType dtype, std::int64_t depth) {
+  const std::int64_t pair = 4 / static_cast<std::int64_t>(size_of(dtype));
+  return (depth + pair - 1) / pair * pair;
+}
 
 // Long contexts are cut into splits at fixed absolute positions; each has an online softmax of its
 // own, and they are merged in ascending order. The cuts do not depend on who computes a split.
@@ -89,6 +101,10 @@ struct Kernels {
   void (*matmul_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
   void (*matmul_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_f32_f32)(const MatmulShare<float, float>&);
+  // The same of weights in panels.
+  void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
+  void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
+  void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
 
   void (*attention_bf16)(const AttentionShare<BFloat16>&);
   void (*attention_f32)(const AttentionShare<float>&);
