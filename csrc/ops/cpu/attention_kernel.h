@@ -51,19 +51,9 @@ struct Products {
     for (int v = 0; v < kTileVectors; ++v) store(row + v * kLanes, weights[v]);
     return totals + sum;
   }
-  // The panel of the values [kTile][columns], at the positions first..last; that of j lies at
-  // values + offsets[j].
-  TINYVLLM_INLINE static void pack_values(const Kv* values, const std::int64_t* offsets,
-                                          std::int64_t first, std::int64_t last, std::int64_t dim,
-                                          std::int64_t columns, float* panel) {
-    for (std::int64_t j = first; j <= last; ++j) {
-      const Kv* row = values + offsets[j];
-      for (std::int64_t c = 0; c < dim; c += kLanes) {
-        store(panel + j * columns + c,
-              c + kLanes <= dim ? load_row(row + c) : load_row(row + c, dim - c));
-      }
-    }
-  }
+  // What a step of the second product reads: the values of kPair successive positions, of which
+  // rows[i] is load_row's of the i-th, side by side.
+  TINYVLLM_INLINE static void interleave(Float (&)[kPair]) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -109,33 +99,15 @@ struct Products<BFloat16> {
     }
     return totals;
   }
-  // [kTile / 2][columns][2]: the values of two successive positions side by side.
-  TINYVLLM_INLINE static void pack_values(const BFloat16* values, const std::int64_t* offsets,
-                                          std::int64_t first, std::int64_t last, std::int64_t dim,
-                                          std::int64_t columns, BFloat16* panel) {
-    alignas(64) std::uint16_t order[2][32];
-    for (std::uint16_t i = 0; i < 16; ++i) {
-      for (std::uint16_t half = 0; half < 2; ++half) {
-        order[half][2 * i] = static_cast<std::uint16_t>(16 * half + i);
-        order[half][2 * i + 1] = static_cast<std::uint16_t>(32 + 16 * half + i);
-      }
-    }
-    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-    const auto at = [&](std::int64_t j, std::int64_t c) {
-      if (j < first || j > last) return _mm512_setzero_si512();
-      const BFloat16* p = values + offsets[j] + c;
-      return _mm512_castps_si512(dim - c < kLoad ? load_row(p, dim - c) : load_row(p));
-    };
-    for (std::int64_t j = first / 2 * 2; j <= last; j += 2) {
-      BFloat16* out = panel + j * columns;
-      for (std::int64_t c = 0; c < dim; c += kLoad) {
-        const __m512i left = at(j, c), right = at(j + 1, c);
-        _mm512_store_si512(out + 2 * c, _mm512_permutex2var_epi16(left, low, right));
-        if (c + 16 < columns) {
-          _mm512_store_si512(out + 2 * c + 32, _mm512_permutex2var_epi16(left, high, right));
-        }
-      }
-    }
+  TINYVLLM_INLINE static void interleave(Float (&rows)[kPair]) {
+    alignas(64) static constexpr std::uint16_t kLow[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i left = _mm512_castps_si512(rows[0]), right = _mm512_castps_si512(rows[1]);
+    rows[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(left, low, right));
+    rows[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(left, high, right));
   }
 };
 #endif
@@ -263,6 +235,8 @@ class Attention {
   using P = Products<Kv>;
   using Element = typename P::Element;
   static constexpr float kRoom = 6.0f;
+  // Rows of a token up to which they use keys and values without a panel.
+  static constexpr std::int64_t kFewRows = 8;
 
   void start_row(std::int64_t r, const float* query) {
     share_.out.maximum[r] = kMinusInfinity;
@@ -290,9 +264,17 @@ class Attention {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
+    if (share_.num_tokens == 1 && share_.group <= kFewRows) {
+      attend_few(tile, any);
+    } else {
+      attend_many(tile, any, common_steps({newest.first, oldest.last}));
+    }
+  }
+
+  // Many rows share a panel of the keys and one of the values.
+  void attend_many(std::int64_t tile, Range any, Range common) {
     pack(tile, any);
     const std::int64_t column = any.first / kLanes * kLanes;
-    const Range common = common_steps({newest.first, oldest.last});
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       const std::int64_t row = head * head_rows_;
       product<P, true>(query_ + row * columns_, columns_,
@@ -338,30 +320,193 @@ class Attention {
   // Steps of k in a product with the keys.
   std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
 
+  // Few rows use each vector of keys or values as it is loaded, without a panel: these products take
+  // no longer than memory, as long as memory never waits for them. While the keys of a tile are
+  // multiplied its values are prefetched, and with its values the next tile's keys.
+  void attend_few(std::int64_t tile, Range range) {
+    const std::int64_t next_tile = tile + kTile;
+    const bool is_last = next_tile == share_.split + kAttentionSplit;
+    const Range next = is_last ? Range{0, -1} : seen(0, next_tile);
+    if (located_ != tile) locate(tile, range, offsets(tile));
+    if (!next.empty()) locate(next_tile, next, offsets(next_tile));
+    located_ = next_tile;
+    const auto in_order = [&](auto&& f) {
+      for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
+        for (std::int64_t head = 0; head < share_.num_heads; ++head) f(head, j);
+      }
+    };
+    in_order([&](std::int64_t head, std::int64_t j) {
+      prefetch(head_of(share_.values, head), offsets(tile), j, range);
+      if (is_whole(j, range)) {
+        score<true>(head, offsets(tile), j, range);
+      } else {
+        score<false>(head, offsets(tile), j, range);
+      }
+    });
+    for (std::int64_t r = 0; r < rows_; ++r) weigh(r, range);
+    in_order([&](std::int64_t head, std::int64_t j) {
+      prefetch(head_of(share_.keys, head), offsets(next_tile), j, next);
+      if (is_whole(j, range)) {
+        add_values_of<true>(head, offsets(tile), j, range);
+      } else {
+        add_values_of<false>(head, offsets(tile), j, range);
+      }
+    });
+  }
+
+  // Whether the positions from j on that fill one vector are all in the range, and their keys and
+  // values full vectors.
+  bool is_whole(std::int64_t j, Range range) const {
+    return j >= range.first && j + kLanes - 1 <= range.last && share_.head_dim % P::kLoad == 0;
+  }
+
+  const Kv* head_of(const Kv* first, std::int64_t head) const {
+    return first + head * share_.block_size * share_.head_dim;
+  }
+  std::int64_t* offsets(std::int64_t tile) { return offsets_[tile / kTile % 2]; }
+
+  // The keys or values of a head at the positions from j on that fill one vector.
+  void prefetch(const Kv* head, const std::int64_t* offsets, std::int64_t j, Range range) const {
+    constexpr std::int64_t kLine = 64 / sizeof(Kv);
+    const std::int64_t end = j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last;
+    for (j = larger(j, range.first); j <= end; ++j) {
+      for (std::int64_t c = 0; c < share_.head_dim; c += kLine) {
+        __builtin_prefetch(head + offsets[j] + c, 0, 2);
+      }
+    }
+  }
+
+  template <bool kWhole>
+  void score(std::int64_t head, const std::int64_t* offsets, std::int64_t j, Range range) {
+    for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
+      Float part[kLanes];
+      load_keys<kWhole>(head_of(share_.keys, head), offsets, j, c, range, part);
+      for_few_rows([&]<int kRows>(std::int64_t r) {
+        r += head * head_rows_;
+        float* scores = scores_ + r * kTile + j;
+        const Element* query = query_ + r * columns_ + c;
+        Float sums[kRows] = {};
+        if (c > 0) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) sums[i] = load(scores + i * kTile);
+        }
+        const auto step = [&](int k) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const Float pair = P::broadcast_pair(query + i * columns_ + k * P::kPair);
+            sums[i] = P::multiply_add_pairs(pair, part[k], sums[i]);
+          }
+        };
+        if constexpr (kWhole) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kLanes; ++k) step(k);
+        } else {
+          const std::int64_t count = smaller(kLanes, steps() - c / P::kPair);
+          for (int k = 0; k < count; ++k) step(k);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) store(scores + i * kTile, sums[i]);
+      });
+    }
+  }
+
+  // sums += weights values, for the rows of a head, at the positions from j on that fill one vector.
+  template <bool kWhole>
+  void add_values_of(std::int64_t head, const std::int64_t* offsets, std::int64_t j, Range range) {
+    const Kv* values = head_of(share_.values, head);
+    const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
+    const std::int64_t last = smaller(j + kLanes - 1, range.last);
+    const auto strip = [&]<int kLoads>(std::int64_t c) {
+      for_few_rows([&]<int kRows>(std::int64_t r) {
+        r += head * head_rows_;
+        float* sums = share_.out.sums + r * columns_ + c;
+        constexpr int kVectors = kLoads * P::kPair;
+        const auto vectors = static_cast<int>(smaller(kVectors, (columns_ - c) / kLanes));
+        Float sum[kRows][kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            if (v < vectors) sum[i][v] = load(sums + i * columns_ + v * kLanes);
+          }
+        }
+        for (std::int64_t k = first; k <= last; k += P::kPair) {
+          Float columns[kVectors];
+#pragma GCC unroll 4
+          for (int l = 0; l < kLoads; ++l) {
+            load_values<kWhole>(values, offsets, k, c + l * P::kLoad, range,
+                                columns + l * P::kPair);
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const Float pair = P::broadcast_pair(weights_of(r + i) + k);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+              sum[i][v] = P::multiply_add_pairs(pair, columns[v], sum[i][v]);
+            }
+          }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            if (v < vectors) store(sums + i * columns_ + v * kLanes, sum[i][v]);
+          }
+        }
+      });
+    };
+    constexpr int kLoads = kWide / P::kPair;
+    std::int64_t c = 0;
+    for (; c + kLoads * P::kLoad <= columns_; c += kLoads * P::kLoad) {
+      strip.template operator()<kLoads>(c);
+    }
+    for (; c < columns_; c += P::kLoad) strip.template operator()<1>(c);
+  }
+
+  // Calls f<number>(first) for the rows of a head, several at a time: no more than stay in registers.
+  template <typename F>
+  void for_few_rows(F&& f) const {
+    std::int64_t r = 0;
+    for (; r + 4 <= head_rows_; r += 4) f.template operator()<4>(r);
+    switch (head_rows_ - r) {
+      case 3: f.template operator()<3>(r); break;
+      case 2: f.template operator()<2>(r); break;
+      case 1: f.template operator()<1>(r); break;
+      default: break;
+    }
+  }
+
   // Turns the keys and values of a tile into panels. It goes through them in the order in which
   // they lie in memory, all heads of some slots together: memory gives half as much otherwise.
   void pack(std::int64_t tile, Range range) {
-    std::int64_t offsets[kTile];  // of the first head's
-    locate(tile, range, offsets);
-    const std::int64_t head_stride = share_.block_size * share_.head_dim;
+    std::int64_t* where = offsets(tile);  // of the first head's
+    locate(tile, range, where);
     for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
       for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        pack_keys(share_.keys + head * head_stride, offsets, j, range,
-                  keys_ + head * kTile * columns_);
+        const Kv* keys = head_of(share_.keys, head);
+        Element* panel = keys_ + head * kTile * columns_;
+        if (is_whole(j, range)) {
+          pack_keys<true>(keys, where, j, range, panel);
+        } else {
+          pack_keys<false>(keys, where, j, range, panel);
+        }
       }
     }
     for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
       for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        P::pack_values(share_.values + head * head_stride, offsets,
-                       j > range.first ? j : range.first,
-                       j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last, share_.head_dim,
-                       columns_, values_ + head * kTile * columns_);
+        const Kv* values = head_of(share_.values, head);
+        Element* panel = values_ + head * kTile * columns_;
+        if (is_whole(j, range)) {
+          pack_values<true>(values, where, j, range, panel);
+        } else {
+          pack_values<false>(values, where, j, range, panel);
+        }
       }
     }
   }
 
   // Where the keys and values of the tile's positions lie.
-  void locate(std::int64_t tile, Range range, std::int64_t (&offsets)[kTile]) const {
+  void locate(std::int64_t tile, Range range, std::int64_t* offsets) const {
     const std::int64_t position = tile + range.first;
     const std::int32_t* block = share_.block_table + position / share_.block_size;
     std::int64_t slot = position % share_.block_size;
@@ -377,31 +522,84 @@ class Attention {
     }
   }
 
+  // kLoad columns from c on of a head's keys, at the positions from j on that fill one vector. part[i]
+  // becomes the i-th step of the first product. Positions outside the range count as 0.
+  template <bool kWhole>
+  TINYVLLM_INLINE void load_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j,
+                                 std::int64_t c, Range range, Float (&part)[kLanes]) const {
+    if constexpr (kWhole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
+    } else {
+      const std::int64_t left = share_.head_dim - c;
+      for (int i = 0; i < kLanes; ++i) {
+        part[i] = Float{};
+        if (j + i < range.first || j + i > range.last) continue;
+        const Kv* row = keys + offsets[j + i] + c;
+        part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
+      }
+    }
+    transpose(part);
+  }
+
+  // A step of the second product: kLoad columns from c on of a head's values, at the positions from j
+  // on. Positions outside the range count as 0.
+  template <bool kWhole>
+  TINYVLLM_INLINE void load_values(const Kv* values, const std::int64_t* offsets, std::int64_t j,
+                                   std::int64_t c, Range range, Float* columns) const {
+    Float rows[P::kPair];
+#pragma GCC unroll 2
+    for (int i = 0; i < P::kPair; ++i) {
+      if constexpr (kWhole) {
+        rows[i] = P::load_row(values + offsets[j + i] + c);
+      } else {
+        const std::int64_t left = share_.head_dim - c;
+        rows[i] = Float{};
+        if (j + i < range.first || j + i > range.last) continue;
+        const Kv* row = values + offsets[j + i] + c;
+        rows[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
+      }
+    }
+    P::interleave(rows);
+#pragma GCC unroll 2
+    for (int i = 0; i < P::kPair; ++i) columns[i] = rows[i];
+  }
+
   // The panel [head_dim / kPair][kTile][kPair] of one head's keys, at the positions from j on that
   // fill one vector.
-  void pack_keys(const Kv* keys, const std::int64_t (&offsets)[kTile], std::int64_t j, Range range,
+  template <bool kWhole>
+  void pack_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j, Range range,
                  Element* panel) const {
-    const bool whole = j >= range.first && j + kLanes - 1 <= range.last;
     for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
-      const std::int64_t left = share_.head_dim - c;
       Float part[kLanes];
-      if (whole && left >= P::kLoad) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
-      } else {
-        for (int i = 0; i < kLanes; ++i) {
-          part[i] = Float{};
-          if (j + i < range.first || j + i > range.last) continue;
-          const Kv* row = keys + offsets[j + i] + c;
-          part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
-        }
-      }
-      transpose(part);
+      load_keys<kWhole>(keys, offsets, j, c, range, part);
       Element* out = panel + (c / P::kPair * kTile + j) * P::kPair;
       const std::int64_t count = steps() - c / P::kPair;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         if (i < count) __builtin_memcpy(out + i * kTile * P::kPair, &part[i], sizeof(Float));
+      }
+    }
+  }
+
+  // The panel [kTile / kPair][columns][kPair] of one head's values, likewise.
+  template <bool kWhole>
+  void pack_values(const Kv* values, const std::int64_t* offsets, std::int64_t j, Range range,
+                   Element* panel) const {
+    const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
+    const std::int64_t last = smaller(j + kLanes - 1, range.last);
+    for (std::int64_t k = first; k <= last; k += P::kPair) {
+      Element* out = panel + k * columns_;
+      for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
+        Float part[P::kPair];
+        load_values<kWhole>(values, offsets, k, c, range, part);
+#pragma GCC unroll 2
+        for (int i = 0; i < P::kPair; ++i) {
+          const std::int64_t column = c + i * kLanes;
+          if (column < columns_) {
+            __builtin_memcpy(out + column * P::kPair, &part[i], sizeof(Float));
+          }
+        }
       }
     }
   }
@@ -447,11 +645,15 @@ class Attention {
     store(totals, P::store_weights(scores, row, load(totals)));
   }
 
+  // Weights lie at the start of a row of scores, in the size of their type.
+  const Element* weights_of(std::int64_t r) const {
+    return reinterpret_cast<const Element*>(scores_ + r * kTile);
+  }
+
   // sums[r] += weights[r] values, over the range only.
   void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
     if (range.empty()) return;
-    // Weights lie at the start of a row of scores, in the size of their type.
-    const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
+    const Element* weights = weights_of(r);
     constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
                                      static_cast<std::int64_t>(sizeof(Element));
     float* sums = share_.out.sums + r * columns_;
@@ -494,6 +696,10 @@ class Attention {
   Element* query_;           // [rows, columns]
   float* scores_;            // [rows, kTile], then the weights
   float* totals_;            // [rows, kLanes]: lane by lane
+  // Where the positions of a tile and of the one before it or behind it lie, and of which one that
+  // is behind it.
+  std::int64_t offsets_[2][kTile];
+  std::int64_t located_ = -1;
 };
 
 template <typename Kv>
