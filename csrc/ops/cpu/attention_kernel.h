@@ -203,8 +203,7 @@ class Attention {
       memory += size;
       return taken;
     };
-    keys_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
-    values_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
+    panel_ = reinterpret_cast<Element*>(take(kTile * columns_));
     edge_ = reinterpret_cast<Element*>(take(columns_));
     query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
     scores_ = take(rows_ * kTile);
@@ -235,8 +234,6 @@ class Attention {
   using P = Products<Kv>;
   using Element = typename P::Element;
   static constexpr float kRoom = 6.0f;
-  // Rows of a token up to which they use keys and values without a panel.
-  static constexpr std::int64_t kFewRows = 8;
 
   void start_row(std::int64_t r, const float* query) {
     share_.out.maximum[r] = kMinusInfinity;
@@ -260,27 +257,40 @@ class Attention {
     return {oldest > 0 ? oldest : 0, position < kTile - 1 ? position : kTile - 1};
   }
 
+  // Head by head, first the keys and then the values, through a panel that stays in the L1 cache.
+  // Memory gives twice as much in the order in which it lies, all heads of some slots together: so
+  // the tile's values are prefetched while its keys are multiplied, and with the values the next
+  // tile's keys.
   void attend_tile(std::int64_t tile) {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
-    if (share_.num_tokens == 1 && share_.group <= kFewRows) {
-      attend_few(tile, any);
-    } else {
-      attend_many(tile, any, common_steps({newest.first, oldest.last}));
-    }
-  }
-
-  // Many rows share a panel of the keys and one of the values.
-  void attend_many(std::int64_t tile, Range any, Range common) {
-    pack(tile, any);
+    std::int64_t* offsets = offsets_[tile / kTile % 2];
+    if (located_ != tile) locate(tile, any, offsets);
+    Ahead values_ahead{share_.values, offsets, any, 0};
     const std::int64_t column = any.first / kLanes * kLanes;
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       const std::int64_t row = head * head_rows_;
-      product<P, true>(query_ + row * columns_, columns_,
-                       keys_ + (head * columns_ * kTile) + column * P::kPair, kTile * P::kPair,
-                       steps(), scores_ + row * kTile + column, kTile, head_rows_,
+      pack(any, values_ahead, [&]<bool kWhole>(std::int64_t j) {
+        pack_keys<kWhole>(share_.keys + head * head_stride(), offsets, j, any);
+      });
+      product<P, true>(query_ + row * columns_, columns_, panel_ + column * P::kPair,
+                       kTile * P::kPair, steps(), scores_ + row * kTile + column, kTile, head_rows_,
                        any.last / kLanes + 1 - column / kLanes);
+    }
+    const std::int64_t next_tile = tile + kTile;
+    Range next = {seen(0, next_tile).first, seen(share_.num_tokens - 1, next_tile).last};
+    if (next_tile == share_.split + kAttentionSplit) next = {0, -1};
+    std::int64_t* next_offsets = offsets_[next_tile / kTile % 2];
+    if (!next.empty()) locate(next_tile, next, next_offsets);
+    located_ = next_tile;
+    Ahead keys_ahead{share_.keys, next_offsets, next, 0};
+    const Range common = common_steps({newest.first, oldest.last});
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      pack(any, keys_ahead, [&]<bool kWhole>(std::int64_t j) {
+        pack_values<kWhole>(share_.values + head * head_stride(), offsets, j, any);
+      });
+      const std::int64_t row = head * head_rows_;
       const auto for_each_token = [&](auto&& f) {
         for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
           const Range range = seen(token, tile);
@@ -291,16 +301,15 @@ class Attention {
         for (std::int64_t i = 0; i < share_.group; ++i) weigh(r + i, range);
       });
       // In ascending order: what only some see, what all see, what only some see.
-      const Element* values = values_ + head * kTile * columns_;
       if (any.first < common.first) {
         for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)}, values);
+          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)});
         });
       }
-      add_values(row, head_rows_, common, values);
+      add_values(row, head_rows_, common);
       if (any.last > common.last) {
         for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last}, values);
+          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last});
         });
       }
     }
@@ -320,187 +329,44 @@ class Attention {
   // Steps of k in a product with the keys.
   std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
 
-  // Few rows use each vector of keys or values as it is loaded, without a panel: these products take
-  // no longer than memory, as long as memory never waits for them. While the keys of a tile are
-  // multiplied its values are prefetched, and with its values the next tile's keys.
-  void attend_few(std::int64_t tile, Range range) {
-    const std::int64_t next_tile = tile + kTile;
-    const bool is_last = next_tile == share_.split + kAttentionSplit;
-    const Range next = is_last ? Range{0, -1} : seen(0, next_tile);
-    if (located_ != tile) locate(tile, range, offsets(tile));
-    if (!next.empty()) locate(next_tile, next, offsets(next_tile));
-    located_ = next_tile;
-    const auto in_order = [&](auto&& f) {
-      for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-        for (std::int64_t head = 0; head < share_.num_heads; ++head) f(head, j);
-      }
-    };
-    in_order([&](std::int64_t head, std::int64_t j) {
-      prefetch(head_of(share_.values, head), offsets(tile), j, range);
-      if (is_whole(j, range)) {
-        score<true>(head, offsets(tile), j, range);
-      } else {
-        score<false>(head, offsets(tile), j, range);
-      }
-    });
-    for (std::int64_t r = 0; r < rows_; ++r) weigh(r, range);
-    in_order([&](std::int64_t head, std::int64_t j) {
-      prefetch(head_of(share_.keys, head), offsets(next_tile), j, next);
-      if (is_whole(j, range)) {
-        add_values_of<true>(head, offsets(tile), j, range);
-      } else {
-        add_values_of<false>(head, offsets(tile), j, range);
-      }
-    });
-  }
+  std::int64_t head_stride() const { return share_.block_size * share_.head_dim; }
 
-  // Whether the positions from j on that fill one vector are all in the range, and their keys and
-  // values full vectors.
-  bool is_whole(std::int64_t j, Range range) const {
-    return j >= range.first && j + kLanes - 1 <= range.last && share_.head_dim % P::kLoad == 0;
-  }
+  // Keys or values that are needed next, in the order in which they lie: all heads of some slots.
+  struct Ahead {
+    const Kv* first;              // of the first head
+    const std::int64_t* offsets;  // from there to each position's
+    Range range;
+    std::int64_t head;
+  };
 
-  const Kv* head_of(const Kv* first, std::int64_t head) const {
-    return first + head * share_.block_size * share_.head_dim;
-  }
-  std::int64_t* offsets(std::int64_t tile) { return offsets_[tile / kTile % 2]; }
-
-  // The keys or values of a head at the positions from j on that fill one vector.
-  void prefetch(const Kv* head, const std::int64_t* offsets, std::int64_t j, Range range) const {
-    constexpr std::int64_t kLine = 64 / sizeof(Kv);
-    const std::int64_t end = j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last;
-    for (j = larger(j, range.first); j <= end; ++j) {
+  // Prefetches those of one head at as many positions as fill a vector.
+  void prefetch(Ahead& ahead) const {
+    const Range range = ahead.range;
+    if (range.empty()) return;
+    const std::int64_t end = smaller(range.first / kLanes * kLanes + kLanes, range.last + 1);
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Kv));
+    const Kv* head = ahead.first + ahead.head * head_stride();
+    for (std::int64_t j = range.first; j < end; ++j) {
       for (std::int64_t c = 0; c < share_.head_dim; c += kLine) {
-        __builtin_prefetch(head + offsets[j] + c, 0, 2);
+        __builtin_prefetch(head + ahead.offsets[j] + c, 0, 2);
       }
     }
+    if (++ahead.head < share_.num_heads) return;
+    ahead.head = 0;
+    ahead.range.first = end;
   }
 
-  template <bool kWhole>
-  void score(std::int64_t head, const std::int64_t* offsets, std::int64_t j, Range range) {
-    for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
-      Float part[kLanes];
-      load_keys<kWhole>(head_of(share_.keys, head), offsets, j, c, range, part);
-      for_few_rows([&]<int kRows>(std::int64_t r) {
-        r += head * head_rows_;
-        float* scores = scores_ + r * kTile + j;
-        const Element* query = query_ + r * columns_ + c;
-        Float sums[kRows] = {};
-        if (c > 0) {
-#pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i) sums[i] = load(scores + i * kTile);
-        }
-        const auto step = [&](int k) {
-#pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i) {
-            const Float pair = P::broadcast_pair(query + i * columns_ + k * P::kPair);
-            sums[i] = P::multiply_add_pairs(pair, part[k], sums[i]);
-          }
-        };
-        if constexpr (kWhole) {
-#pragma GCC unroll 16
-          for (int k = 0; k < kLanes; ++k) step(k);
-        } else {
-          const std::int64_t count = smaller(kLanes, steps() - c / P::kPair);
-          for (int k = 0; k < count; ++k) step(k);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) store(scores + i * kTile, sums[i]);
-      });
-    }
-  }
-
-  // sums += weights values, for the rows of a head, at the positions from j on that fill one vector.
-  template <bool kWhole>
-  void add_values_of(std::int64_t head, const std::int64_t* offsets, std::int64_t j, Range range) {
-    const Kv* values = head_of(share_.values, head);
-    const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
-    const std::int64_t last = smaller(j + kLanes - 1, range.last);
-    const auto strip = [&]<int kLoads>(std::int64_t c) {
-      for_few_rows([&]<int kRows>(std::int64_t r) {
-        r += head * head_rows_;
-        float* sums = share_.out.sums + r * columns_ + c;
-        constexpr int kVectors = kLoads * P::kPair;
-        const auto vectors = static_cast<int>(smaller(kVectors, (columns_ - c) / kLanes));
-        Float sum[kRows][kVectors];
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) {
-            if (v < vectors) sum[i][v] = load(sums + i * columns_ + v * kLanes);
-          }
-        }
-        for (std::int64_t k = first; k <= last; k += P::kPair) {
-          Float columns[kVectors];
-#pragma GCC unroll 4
-          for (int l = 0; l < kLoads; ++l) {
-            load_values<kWhole>(values, offsets, k, c + l * P::kLoad, range,
-                                columns + l * P::kPair);
-          }
-#pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i) {
-            const Float pair = P::broadcast_pair(weights_of(r + i) + k);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              sum[i][v] = P::multiply_add_pairs(pair, columns[v], sum[i][v]);
-            }
-          }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) {
-            if (v < vectors) store(sums + i * columns_ + v * kLanes, sum[i][v]);
-          }
-        }
-      });
-    };
-    constexpr int kLoads = kWide / P::kPair;
-    std::int64_t c = 0;
-    for (; c + kLoads * P::kLoad <= columns_; c += kLoads * P::kLoad) {
-      strip.template operator()<kLoads>(c);
-    }
-    for (; c < columns_; c += P::kLoad) strip.template operator()<1>(c);
-  }
-
-  // Calls f<number>(first) for the rows of a head, several at a time: no more than stay in registers.
+  // Fills the panel with what part<whether all are in the range>(j) makes of one head's keys or
+  // values at the positions from j on that fill one vector.
   template <typename F>
-  void for_few_rows(F&& f) const {
-    std::int64_t r = 0;
-    for (; r + 4 <= head_rows_; r += 4) f.template operator()<4>(r);
-    switch (head_rows_ - r) {
-      case 3: f.template operator()<3>(r); break;
-      case 2: f.template operator()<2>(r); break;
-      case 1: f.template operator()<1>(r); break;
-      default: break;
-    }
-  }
-
-  // Turns the keys and values of a tile into panels. It goes through them in the order in which
-  // they lie in memory, all heads of some slots together: memory gives half as much otherwise.
-  void pack(std::int64_t tile, Range range) {
-    std::int64_t* where = offsets(tile);  // of the first head's
-    locate(tile, range, where);
+  void pack(Range range, Ahead& ahead, F&& part) {
     for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        const Kv* keys = head_of(share_.keys, head);
-        Element* panel = keys_ + head * kTile * columns_;
-        if (is_whole(j, range)) {
-          pack_keys<true>(keys, where, j, range, panel);
-        } else {
-          pack_keys<false>(keys, where, j, range, panel);
-        }
-      }
-    }
-    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        const Kv* values = head_of(share_.values, head);
-        Element* panel = values_ + head * kTile * columns_;
-        if (is_whole(j, range)) {
-          pack_values<true>(values, where, j, range, panel);
-        } else {
-          pack_values<false>(values, where, j, range, panel);
-        }
+      prefetch(ahead);
+      const bool inside = j >= range.first && j + kLanes - 1 <= range.last;
+      if (inside && share_.head_dim % P::kLoad == 0) {
+        part.template operator()<true>(j);
+      } else {
+        part.template operator()<false>(j);
       }
     }
   }
@@ -568,12 +434,11 @@ class Attention {
   // The panel [head_dim / kPair][kTile][kPair] of one head's keys, at the positions from j on that
   // fill one vector.
   template <bool kWhole>
-  void pack_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j, Range range,
-                 Element* panel) const {
+  void pack_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j, Range range) {
     for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
       Float part[kLanes];
       load_keys<kWhole>(keys, offsets, j, c, range, part);
-      Element* out = panel + (c / P::kPair * kTile + j) * P::kPair;
+      Element* out = panel_ + (c / P::kPair * kTile + j) * P::kPair;
       const std::int64_t count = steps() - c / P::kPair;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
@@ -584,12 +449,11 @@ class Attention {
 
   // The panel [kTile / kPair][columns][kPair] of one head's values, likewise.
   template <bool kWhole>
-  void pack_values(const Kv* values, const std::int64_t* offsets, std::int64_t j, Range range,
-                   Element* panel) const {
+  void pack_values(const Kv* values, const std::int64_t* offsets, std::int64_t j, Range range) {
     const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
     const std::int64_t last = smaller(j + kLanes - 1, range.last);
     for (std::int64_t k = first; k <= last; k += P::kPair) {
-      Element* out = panel + k * columns_;
+      Element* out = panel_ + k * columns_;
       for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
         Float part[P::kPair];
         load_values<kWhole>(values, offsets, k, c, range, part);
@@ -645,15 +509,11 @@ class Attention {
     store(totals, P::store_weights(scores, row, load(totals)));
   }
 
-  // Weights lie at the start of a row of scores, in the size of their type.
-  const Element* weights_of(std::int64_t r) const {
-    return reinterpret_cast<const Element*>(scores_ + r * kTile);
-  }
-
   // sums[r] += weights[r] values, over the range only.
-  void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
+  void add_values(std::int64_t r, std::int64_t rows, Range range) {
     if (range.empty()) return;
-    const Element* weights = weights_of(r);
+    // Weights lie at the start of a row of scores, in the size of their type.
+    const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
     constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
                                      static_cast<std::int64_t>(sizeof(Element));
     float* sums = share_.out.sums + r * columns_;
@@ -670,7 +530,7 @@ class Attention {
         const UInt right = UInt{} + (2 * edge + 1 <= range.last ? 0xffff0000u : 0u);
         for (std::int64_t i = 0; i < columns_; i += kLanes) {
           UInt pairs;
-          __builtin_memcpy(&pairs, values + (edge * columns_ + i) * 2, sizeof(pairs));
+          __builtin_memcpy(&pairs, panel_ + (edge * columns_ + i) * 2, sizeof(pairs));
           pairs &= left | right;
           __builtin_memcpy(edge_ + 2 * i, &pairs, sizeof(pairs));
         }
@@ -680,10 +540,10 @@ class Attention {
       const bool last_is_cut = range.last % 2 == 0 && !(first_is_cut && step == last);
       if (first_is_cut) add_edge(step++);
       if (last_is_cut) --last;
-      if (step <= last) add(step, last - step + 1, values + step * columns_ * 2);
+      if (step <= last) add(step, last - step + 1, panel_ + step * columns_ * 2);
       if (last_is_cut) add_edge(last + 1);
     } else {
-      add(step, last - step + 1, values + step * columns_);
+      add(step, last - step + 1, panel_ + step * columns_);
     }
   }
 
@@ -691,7 +551,7 @@ class Attention {
   const std::int64_t columns_, head_rows_, rows_;
   const float exponent_;     // turns a difference of scores into a power of 2
   const float room_;         // the difference of scores that makes kRoom of it
-  Element *keys_, *values_;  // a panel for each head
+  Element* panel_;           // of one head's keys, or of its values
   Element* edge_;            // one step of a panel of values
   Element* query_;           // [rows, columns]
   float* scores_;            // [rows, kTile], then the weights
