@@ -346,10 +346,10 @@ class Attention {
     const std::int64_t end = smaller(range.first / kLanes * kLanes + kLanes, range.last + 1);
     constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Kv));
     const Kv* head = ahead.first + ahead.head * head_stride();
+    const std::int64_t dim = share_.head_dim;
     for (std::int64_t j = range.first; j < end; ++j) {
-      for (std::int64_t c = 0; c < share_.head_dim; c += kLine) {
-        __builtin_prefetch(head + ahead.offsets[j] + c, 0, 2);
-      }
+      const Kv* row = head + ahead.offsets[j];
+      for (std::int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c, 0, 2);
     }
     if (++ahead.head < share_.num_heads) return;
     ahead.head = 0;
@@ -452,16 +452,17 @@ class Attention {
   void pack_values(const Kv* values, const std::int64_t* offsets, std::int64_t j, Range range) {
     const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
     const std::int64_t last = smaller(j + kLanes - 1, range.last);
+    const std::int64_t dim = share_.head_dim, columns = columns_;
+    Element* panel = panel_;
     for (std::int64_t k = first; k <= last; k += P::kPair) {
-      Element* out = panel_ + k * columns_;
-      for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
+      for (std::int64_t c = 0; c < dim; c += P::kLoad) {
         Float part[P::kPair];
         load_values<kWhole>(values, offsets, k, c, range, part);
 #pragma GCC unroll 2
         for (int i = 0; i < P::kPair; ++i) {
           const std::int64_t column = c + i * kLanes;
-          if (column < columns_) {
-            __builtin_memcpy(out + column * P::kPair, &part[i], sizeof(Float));
+          if (kWhole || column < columns) {
+            __builtin_memcpy(panel + k * columns + column * P::kPair, &part[i], sizeof(Float));
           }
         }
       }
