@@ -138,12 +138,11 @@ def main(peer: type[Peer]) -> None:
         device=arguments.device,
         tokenizer=arguments.text is not None,
     )
+    loaded: list[Peer] = []
     if arguments.command == "first-token":
-        try_to(lambda: _first_token(peer, settings, arguments))
+        try_to(lambda: _first_token(peer, settings, arguments, loaded))
         answers.close()
         os._exit(0)  # the time until here is what counts; freeing is nobody's wait
-
-    loaded: list[Peer] = []
 
     def load() -> float:
         began = time.perf_counter()
@@ -166,11 +165,16 @@ def _prepare(peer: type[Peer], arguments: argparse.Namespace) -> str:
 
 
 def _first_token(
-    peer_class: type[Peer], settings: Settings, arguments: argparse.Namespace
+    peer_class: type[Peer],
+    settings: Settings,
+    arguments: argparse.Namespace,
+    loaded: list[Peer],
 ) -> tuple[float, TokenIds]:
-    """The seconds to load, and the prompt's ids with the first token behind them."""
+    """The seconds to load, and the prompt's ids with the first token behind them. The peer is put
+    into `loaded`: it outlives the answer, or its unmapping would be timed."""
     began = time.perf_counter()
     peer = peer_class(settings)
+    loaded.append(peer)
     load_seconds = time.perf_counter() - began
     if arguments.text is not None:
         prompt = peer.encode(arguments.text)
