@@ -550,13 +550,13 @@ class Attention {
 
   const AttentionShare<Kv>& share_;
   const std::int64_t columns_, head_rows_, rows_;
-  const float exponent_;     // turns a difference of scores into a power of 2
-  const float room_;         // the difference of scores that makes kRoom of it
-  Element* panel_;           // of one head's keys, or of its values
-  Element* edge_;            // one step of a panel of values
-  Element* query_;           // [rows, columns]
-  float* scores_;            // [rows, kTile], then the weights
-  float* totals_;            // [rows, kLanes]: lane by lane
+  const float exponent_;  // turns a difference of scores into a power of 2
+  const float room_;      // the difference of scores that makes kRoom of it
+  Element* panel_;        // of one head's keys, or of its values
+  Element* edge_;         // one step of a panel of values
+  Element* query_;        // [rows, columns]
+  float* scores_;         // [rows, kTile], then the weights
+  float* totals_;         // [rows, kLanes]: lane by lane
   // Where the positions of a tile and of the one before it or behind it lie, and of which one that
   // is behind it.
   std::int64_t offsets_[2][kTile];
