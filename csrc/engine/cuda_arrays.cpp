@@ -36,13 +36,10 @@ StepArrays::StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const
   cuda::fill_bytes(ctx, tables_.data(), 0, tables_.size());
 }
 
-std::int64_t StepArrays::split_for(std::int64_t num_decodes) const {
-  return decode_split(num_decodes, limits_.num_kv_heads);
-}
-
-// How many splits so many decodes have at most.
+// How many splits so many decodes have at most: no context has shorter ones than the shortest.
 std::int64_t StepArrays::max_items(std::int64_t num_decodes) const {
-  return num_decodes * ceil_divide(limits_.max_model_len, split_for(num_decodes));
+  return num_decodes *
+         ceil_divide(limits_.max_model_len, decode_split(num_decodes, limits_.num_kv_heads, 1));
 }
 
 // A step's arrays at their largest: what there is a row, a sequence, a split and a block of.
@@ -60,10 +57,13 @@ std::size_t StepArrays::max_bytes() const {
 StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
   decodes_.clear();
   chunks_.clear();
-  std::int64_t num_tokens = 0, num_blocks = 0;
+  std::int64_t num_tokens = 0, num_blocks = 0, longest = 0;  // the longest context of a decode
   for (const auto& [sequence, count] : plan.sequences) {
     const bool decode = count == 1 && !limits_.batch_invariant;
     (decode ? decodes_ : chunks_).push_back({sequence, count, num_tokens});
+    if (decode) {
+      longest = std::max(longest, static_cast<std::int64_t>(sequence->num_computed_tokens) + 1);
+    }
     num_tokens += count;
     num_blocks += std::ssize(sequence->block_table);
   }
@@ -76,7 +76,7 @@ StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
                 .chunks = std::ssize(chunks_),
                 .rows = pad ? num_decodes : num_tokens,
                 .tiles = 0,
-                .split = split_for(num_decodes),
+                .split = decode_split(num_decodes, limits_.num_kv_heads, longest),
                 .splits = num_decodes - std::ssize(decodes_),  // a padded row has one
                 .blocks = num_blocks,
                 .draws = pad ? num_decodes : std::ssize(plan.draws)};
@@ -212,6 +212,7 @@ DeviceStep StepArrays::fill(std::size_t number, const StepPlan& plan) {
                                   .decode_items = arrays.items.device,
                                   .num_decode_items = arrays.num_items.device,
                                   .max_decode_items = static_cast<std::int32_t>(most_items),
+                                  .split = static_cast<std::int32_t>(counts.split),
                                   .chunk_starts = arrays.chunk_starts.device,
                                   .chunk_tiles = arrays.chunk_tiles.device,
                                   .num_chunk_tiles = at.tile}},

@@ -101,7 +101,6 @@ class StepArrays {
 
   std::int64_t max_items(std::int64_t num_decodes) const;
   std::size_t max_bytes() const;
-  std::int64_t split_for(std::int64_t num_decodes) const;
   Counts sort(const StepPlan& plan);
   Arrays lay_out(std::size_t number, const Counts& counts);
   void write_sequence(const Entry& entry, const Arrays& arrays, Cursor& at);

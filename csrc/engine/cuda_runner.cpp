@@ -115,7 +115,8 @@ void CudaRunner::compute(const DeviceStep& step) {
 void CudaRunner::compute_as_graph(const DeviceStep& step, const SampleBatch& draws) {
   const auto size = static_cast<std::int64_t>(step.batch.tokens.size());
   const bool draws_inside = !draws.any_filter && !draws.any_logprobs && draws.num_edits == 0;
-  const GraphKey key{size, num_launched_ % kStepsInFlight, draws_inside};
+  const GraphKey key{size, step.batch.sequences.split, num_launched_ % kStepsInFlight,
+                     draws_inside};
   auto graph = graphs_.find(key);
   if (graph == graphs_.end()) {
     const auto record = [&] {

@@ -2,7 +2,7 @@
 // token that was just sampled goes into the next step on the device; the host learns it later.
 //
 // A step in which every sequence gets one token is padded to the next batch size of a short list and
-// replayed as a CUDA graph, one a size, recorded when first needed. With `eager` the same kernels are
+// replayed as a CUDA graph, one a size (and split of the contexts), recorded when first needed. With `eager` the same kernels are
 // launched one by one, on the same padded batch: the results are the same bits. A step with chunks of
 // prompts is launched one by one and not padded.
 #pragma once
@@ -91,6 +91,7 @@ class CudaRunner : public Runner {
 
   struct GraphKey {
     std::int64_t num_sequences;  // padded
+    std::int32_t split;          // of the decodes' contexts
     std::size_t slot;            // where its inputs and results lie
     bool draws_inside;           // not if the draws have options that depend on the request
     auto operator<=>(const GraphKey&) const = default;
