@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/errors.h"
+#include "engine/decode_sizes.h"
 #include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
@@ -22,17 +23,6 @@ constexpr std::int64_t kReserveBytes = std::int64_t{384} << 20;
 Weights weights_on(const CudaContext& ctx, const Checkpoint& checkpoint, DType compute) {
   const CpuContext host;
   return upload_weights(ctx, load_weights(host, checkpoint, compute), checkpoint.config());
-}
-
-// Batch sizes that have a graph: 1, 2, 4, then steps of 8 up to 64, then steps of 16.
-std::int64_t next_batch_size(std::int64_t n) {
-  if (n <= 2) return n;
-  if (n <= 4) return 4;
-  return n <= 64 ? (n + 7) / 8 * 8 : (n + 15) / 16 * 16;
-}
-
-std::int64_t num_splits(std::int64_t context, std::int64_t split) {
-  return (context + split - 1) / split;
 }
 
 // Where the logprobs of `rows` tokens lie behind `base`, on the device or on the host.
@@ -120,19 +110,14 @@ void CudaRunner::make_kv_cache(const KvShape& shape) {
 }
 
 std::int64_t CudaRunner::padded(std::int64_t num_sequences) const {
-  return next_batch_size(num_sequences);
+  return padded_batch_size(num_sequences);
 }
 
 // How many splits so many decodes have at most; with 0, any number of them.
 std::int64_t CudaRunner::max_decode_items(std::int64_t num_decodes) const {
-  const std::int64_t kv_heads = model_.config().num_kv_heads;
-  const auto items = [&](std::int64_t n) {
-    return n * num_splits(options_.max_model_len, decode_split(n, kv_heads));
-  };
-  if (num_decodes > 0) return items(num_decodes);
-  std::int64_t most = 1;
-  for (std::int64_t n = 1; n <= padded(options_.max_draws); ++n) most = std::max(most, items(n));
-  return most;
+  const std::int64_t kv_heads = model_.config().num_kv_heads, longest = options_.max_model_len;
+  if (num_decodes == 0) return most_decode_items(options_.max_draws, kv_heads, longest);
+  return tinyvllm::max_decode_items(num_decodes, kv_heads, longest);
 }
 
 // A step's arrays at their largest: what there is a row, a sequence, a split and a block of.
