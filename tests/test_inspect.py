@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tinyvllm import _core, dummy, generation_config
+from tinyvllm.errors import DeviceError
 from tinyvllm.llm import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "tinyvllm.cli", "inspect"]
@@ -185,8 +186,10 @@ def test_a_gpu_that_is_elsewhere() -> None:
 def test_a_gpu_that_is_not_there_is_exit_5() -> None:
     result = inspect("llama-3.1-8b", "--device", "cuda")
     assert result.returncode == 5
-    assert b"no CUDA backend" in result.stderr
-    assert b"--device cuda --memory 80G" in result.stderr
+    with pytest.raises(DeviceError) as missing:
+        _core.require_cuda_build()
+    assert str(missing.value).encode() in result.stderr
+    assert b"--memory 80G" in result.stderr
     assert report("--device", "auto")["memory"]["device"] == "cpu"
 
 
