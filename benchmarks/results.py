@@ -6,7 +6,7 @@ one. Every row stands for itself:
     row, what       its name, and the work in words
     model           the shape of the seeded random weights (python -m tinyvllm.dummy)
     measures        decode, prefill, throughput, first_token, load, start, start_text or memory:
-                  runner.py defines them
+                    runner.py defines them
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
     machine         cpu, memory_bytes, device; num_threads that every peer was given; on a GPU its
