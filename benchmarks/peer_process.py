@@ -38,6 +38,7 @@ class PeerSpec:
     module: str
     suffix: str = ""  # appended to the checkpoint's path; "" where it is read as it is
     python: str = sys.executable
+    options: Json = dataclasses.field(default_factory=dict)  # as Settings has them
 
 
 PEERS = {

@@ -21,7 +21,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import results
@@ -65,6 +65,8 @@ class Row:
               start_text: the same of a text, with the tokenizer loaded
               memory: resident bytes of the process after a decode
     must      the ratio to the best peer that is asked for
+    variants  this engine once more with other arguments of LLM: {"static": {"batching": "static"}}
+              stands in the row as a peer called "tinyvllm static"
     """
 
     name: str
@@ -75,6 +77,7 @@ class Row:
     prompt_len: Length = 16
     max_tokens: Length = 64
     must: float | None = None
+    variants: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -189,7 +192,12 @@ class Bench:
 
     def run(self, row: Row) -> Json:
         checkpoint = self.checkpoint(row.model)
-        columns = [self._prepared(spec, checkpoint, row) for spec in self.peers]
+        ours, *others = self.peers
+        variants = [
+            dataclasses.replace(ours, name=f"{ours.name} {name}", options=options)
+            for name, options in row.variants.items()
+        ]
+        columns = [self._prepared(spec, checkpoint, row) for spec in (ours, *variants, *others)]
         config = json.loads((checkpoint / "config.json").read_text())
         work = row.work(config["vocab_size"])
         timed_whole = row.measures in ("load", "start", "start_text")
@@ -225,6 +233,7 @@ class Bench:
             *("--max-num-seqs", str(row.num_prompts)),
             *("--max-model-len", str(-(-row.longest() // 256) * 256)),
             *("--device", self.device),
+            *("--options", json.dumps(spec.options)),
         ]
 
     def _time_work(
@@ -383,6 +392,8 @@ class Bench:
         peers: list[Json] = []
         for column in columns:
             peer: Json = {"peer": column.spec.name}
+            if column.spec.options:
+                peer["options"] = column.spec.options
             peers.append(peer)
             if column.missing:
                 peer["missing"] = column.missing

@@ -145,6 +145,20 @@ def test_a_trial_leaves_the_results_alone(
     assert "all divided by 2" in capsys.readouterr().out
 
 
+def test_a_row_may_have_this_engine_in_several_configurations(models: Path) -> None:
+    variants = {"static": {"batching": "static"}, "small": {"num_gpu_blocks_override": 0}}
+    result = run(models, "honest", variants=variants)
+    ours, static, small, theirs = result["peers"]
+    assert [static["peer"], small["peer"]] == ["tinyvllm static", "tinyvllm small"]
+    assert "options" not in ours
+    assert static["options"] == {"batching": "static"}
+    assert static["agreement"]["identical"] == 2
+    assert static["ratio"] > 0
+    assert "num_gpu_blocks_override" in small["missing"]  # which shows that it arrives
+    static["ratio"] = theirs["ratio"] / 2
+    assert results.best_ratio(result) == theirs["ratio"]  # the others', not our own
+
+
 def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Path) -> None:
     result = run(models, "missing")
     (_, theirs) = result["peers"]
