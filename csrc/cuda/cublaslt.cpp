@@ -40,7 +40,7 @@ struct Library {
     if (handle == nullptr) handle = dlopen(kLibrary.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) {
       throw DeviceError("device cuda: cuBLASLt is not there; tried " + tried + kLibrary +
-                        " where the system looks. Run pip install 'tinyvllm[cuda]'.");
+                        " where the system looks. Run pip install 'nvidia-cublas>=13,<14'.");
     }
     find(handle, create, "cublasLtCreate");
     find(handle, destroy, "cublasLtDestroy");
@@ -62,7 +62,7 @@ struct Library {
     function = reinterpret_cast<F*>(dlsym(handle, name));
     if (function == nullptr) {
       throw DeviceError("device cuda: " + kLibrary + " has no function " + name +
-                        ". Run pip install --upgrade 'tinyvllm[cuda]'.");
+                        ". Run pip install --upgrade 'nvidia-cublas>=13,<14'.");
     }
   }
 
