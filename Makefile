@@ -141,8 +141,7 @@ gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and th
 # fails the run. UBSan's go to stderr, which pytest therefore leaves alone. Leaks are not looked for:
 # Python itself keeps what it allocates at the end. SIGBUS is left to the core's own handler and what
 # its tests put before it. A process that forks while it has threads may hang in ASan's allocator,
-# which is no fault of ours: those tests are left out. The CUDA code is there, too, emulated; its tests
-# run beside the others.
+# which is no fault of ours: those tests are left out. The CUDA code is there, too, emulated.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
@@ -163,12 +162,9 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON \
 	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
 	rm -f $(ASAN)/report.*
-	$(ASAN_ENV):detect_stack_use_after_return=0 $(ASAN_PYTEST) -k '$(ASAN_EMULATED_K)' $(ASAN_EMULATED) $(ARGS) \
-	  >$(ASAN)/emulated.log 2>&1 & \
 	$(ASAN_ENV):detect_stack_use_after_return=1 $(ASAN_PYTEST) -k 'not (after_fork or forked_child or cuda)' $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \
-	wait $$! || status=$$?; \
-	cat $(ASAN)/emulated.log; \
+	$(ASAN_ENV):detect_stack_use_after_return=0 $(ASAN_PYTEST) -k '$(ASAN_EMULATED_K)' $(ASAN_EMULATED) $(ARGS) || status=$$?; \
 	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \
 	exit $$status
 
