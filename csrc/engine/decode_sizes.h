@@ -17,14 +17,12 @@ constexpr std::int64_t padded_batch_size(std::int64_t num_sequences) {
   return (num_sequences + step - 1) / step * step;
 }
 
-constexpr std::int64_t num_splits(std::int64_t context, std::int64_t split) {
-  return (context + split - 1) / split;
-}
-
-// How many splits (decode_split) so many decodes have at most.
+// How many splits (decode_split) so many decodes have at most: no context has shorter ones than the
+// shortest.
 constexpr std::int64_t max_decode_items(std::int64_t num_decodes, std::int64_t num_kv_heads,
                                         std::int64_t max_model_len) {
-  return num_decodes * num_splits(max_model_len, decode_split(num_decodes, num_kv_heads));
+  const std::int64_t split = decode_split(num_decodes, num_kv_heads, 1);
+  return num_decodes * ((max_model_len + split - 1) / split);
 }
 
 // The same of every step up to a padded batch of max_num_seqs: more sequences may have fewer splits.
