@@ -67,6 +67,7 @@ class Settings:
     max_model_len: int = 1024
     device: str = "cpu"
     tokenizer: bool = False  # whether encode() will be called
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this engine's LLM
 
 
 class Peer(abc.ABC):
@@ -137,6 +138,7 @@ def main(peer: type[Peer]) -> None:
         max_model_len=arguments.max_model_len,
         device=arguments.device,
         tokenizer=arguments.text is not None,
+        options=arguments.options,
     )
     loaded: list[Peer] = []
     if arguments.command == "first-token":
@@ -193,6 +195,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--ids")
     parser.add_argument("--text")
     return parser.parse_args()
