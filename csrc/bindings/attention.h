@@ -48,9 +48,12 @@ inline CudaSequences sequences_for(Operands<CudaContext>& operands, const Attent
       starts.push_back(starts.back() + static_cast<std::int32_t>(sequence.num_tokens));
     }
   }
+  const auto decodes = std::span(lengths).first(static_cast<std::size_t>(sequences.num_decodes));
+  sequences.split = static_cast<std::int32_t>(
+      decode_split(sequences.num_decodes, num_kv_heads,
+                   decodes.empty() ? 0 : *std::max_element(decodes.begin(), decodes.end())));
   for (std::int32_t i = 0; i < sequences.num_decodes; ++i) {
-    append_decode_items(i, lengths[static_cast<std::size_t>(i)],
-                        decode_split(sequences.num_decodes, num_kv_heads), items);
+    append_decode_items(i, lengths[static_cast<std::size_t>(i)], sequences.split, items);
   }
   const std::vector<std::int32_t> num_items{static_cast<std::int32_t>(items.size() / 2)};
   const auto on_device = [&](const std::vector<std::int32_t>& values) {

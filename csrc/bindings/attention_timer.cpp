@@ -96,7 +96,8 @@ std::vector<float> time_attention(CudaContext& ctx, std::int32_t num_sequences,
   const bool decode = num_tokens == 1;
   const std::vector<std::int32_t> lengths(static_cast<std::size_t>(num_sequences), context);
   std::vector<std::int32_t> items, starts{0}, tiles;
-  if (split == 0) split = static_cast<std::int32_t>(decode_split(num_sequences, num_kv_heads));
+  if (split == 0)
+    split = static_cast<std::int32_t>(decode_split(num_sequences, num_kv_heads, context));
   for (std::int32_t i = 0; i < num_sequences; ++i) {
     if (decode) {
       append_decode_items(i, context, split, items);

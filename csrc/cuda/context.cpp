@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
+#include <thread>
 
 #include "cuda/cublaslt.h"
 #include "cuda/error.h"
@@ -19,8 +20,9 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Makes the device current for this thread, or says why it cannot be used.
-void open_device(int device) {
+// Makes the device current for this thread, or says why it cannot be used. cuBLASLt is opened beside
+// it: each takes long, and neither needs the other.
+void open_device(int device, const std::vector<std::string>& library_directories) {
   int driver = 0, count = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
     throw DeviceError("device cuda: no NVIDIA driver. Install it, or use --device cpu.");
@@ -43,6 +45,8 @@ void open_device(int device) {
     throw DeviceError("device cuda: there is no GPU " + std::to_string(device) + "; there are " +
                       std::to_string(count) + ", counted from 0.");
   }
+  const std::jthread opening(
+      [&library_directories] { cuda::CublasLt::open_early(library_directories); });
   check(cudaSetDevice(device), "choosing the device");
 }
 
@@ -62,7 +66,7 @@ std::string name_of_card(int device) {
 
 struct CudaContext::State {
   State(int device_, bool batch_invariant_, const std::vector<std::string>& library_directories)
-      : device((open_device(device_), device_)),
+      : device((open_device(device_, library_directories), device_)),
         batch_invariant(batch_invariant_),
         num_multiprocessors(attribute_of(device, cudaDevAttrMultiProcessorCount)),
         compute_capability(10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +

@@ -25,22 +25,26 @@ void check(cublasStatus_t status, const char* what) {
                     ".");
 }
 
-// The library and the functions that are used of it. It stays loaded until the process ends: it
-// keeps threads and state of its own.
+// Opens the library in one of the directories or where the system looks; null: it is nowhere, and
+// `tried` says where. It stays loaded until the process ends: it keeps threads and state of its own.
+void* open_library(const std::vector<std::string>& directories, std::string& tried) {
+  for (const std::string& directory : directories) {
+    const std::string path = directory + "/" + kLibrary;
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle != nullptr) return handle;
+    tried += path + ", ";
+  }
+  return dlopen(kLibrary.c_str(), RTLD_NOW | RTLD_LOCAL);
+}
+
+// The functions that are used of it.
 struct Library {
   explicit Library(const std::vector<std::string>& directories) {
     std::string tried;
-    void* handle = nullptr;
-    for (const std::string& directory : directories) {
-      const std::string path = directory + "/" + kLibrary;
-      handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-      if (handle != nullptr) break;
-      tried += path + ", ";
-    }
-    if (handle == nullptr) handle = dlopen(kLibrary.c_str(), RTLD_NOW | RTLD_LOCAL);
+    void* handle = open_library(directories, tried);
     if (handle == nullptr) {
       throw DeviceError("device cuda: cuBLASLt is not there; tried " + tried + kLibrary +
-                        " where the system looks. Run pip install 'tinyvllm[cuda]'.");
+                        " where the system looks. Run pip install 'nvidia-cublas>=13,<14'.");
     }
     find(handle, create, "cublasLtCreate");
     find(handle, destroy, "cublasLtDestroy");
@@ -62,7 +66,7 @@ struct Library {
     function = reinterpret_cast<F*>(dlsym(handle, name));
     if (function == nullptr) {
       throw DeviceError("device cuda: " + kLibrary + " has no function " + name +
-                        ". Run pip install --upgrade 'tinyvllm[cuda]'.");
+                        ". Run pip install --upgrade 'nvidia-cublas>=13,<14'.");
     }
   }
 
@@ -183,6 +187,11 @@ struct CublasLt::State {
 CublasLt::CublasLt(const std::vector<std::string>& directories)
     : state_(std::make_unique<State>(directories)) {}
 CublasLt::~CublasLt() = default;
+
+void CublasLt::open_early(const std::vector<std::string>& directories) {
+  std::string tried;
+  open_library(directories, tried);
+}
 
 std::string CublasLt::version() const {
   const std::size_t v = state_->library.version();  // 130100 for 13.1.0

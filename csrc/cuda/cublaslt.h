@@ -41,6 +41,9 @@ class CublasLt {
   // Looks for the library in the directories, then where the system looks. Throws DeviceError with
   // what was tried.
   explicit CublasLt(const std::vector<std::string>& directories);
+  // Opens the library, where it is there, so that the constructor need not wait for that. It stays
+  // open until the process ends. Another thread may do this while the device is opened.
+  static void open_early(const std::vector<std::string>& directories);
   ~CublasLt();
   CublasLt(const CublasLt&) = delete;
   CublasLt& operator=(const CublasLt&) = delete;

@@ -80,6 +80,9 @@ __device__ inline uint4 load_streaming(const void* address, bool valid) {
   return v;
 }
 
+// A float that another block has written in this kernel, before a fence: past the L1 cache.
+__device__ inline float load_written(const float* address) { return __ldcg(address); }
+
 // Asks for the 128 bytes around an address, of which some will be read soon.
 __device__ inline void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

@@ -2,7 +2,7 @@
 // token that was just sampled goes into the next step on the device; the host learns it later.
 //
 // A step in which every sequence gets one token is padded to the next batch size of a short list and
-// replayed as a CUDA graph, one a size, recorded when first needed. With `eager` the same kernels are
+// replayed as a CUDA graph, one a size (and split of the contexts), recorded when first needed. With `eager` the same kernels are
 // launched one by one, on the same padded batch: the results are the same bits. A step with chunks of
 // prompts is launched one by one and not padded.
 #pragma once
@@ -15,7 +15,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
@@ -24,6 +23,8 @@
 #include "cuda/memory.h"
 #include "cuda/step_inputs.h"
 #include "cuda/stream.h"
+#include "engine/cuda_arrays.h"
+#include "engine/cuda_logprobs.h"
 #include "engine/runner.h"
 #include "model/transformer.h"
 #include "ops/sample.h"
@@ -58,25 +59,6 @@ class CudaRunner : public Runner {
   void abandon() override;
 
  private:
-  // A step on the device: the batch, which of its rows have logits, and what is drawn from them.
-  struct DeviceStep {
-    Batch<CudaSequences> batch;
-    std::int32_t* tokens;         // those of the batch, where unknown ones are filled in
-    const std::int32_t* sources;  // of each token: a draw of the step before, or -1
-    const std::int32_t* table_entries;
-    const std::int32_t* table_starts;
-    std::int32_t num_sequences;
-    std::span<const std::int32_t> logit_rows;
-    SampleBatch draws;
-  };
-
-  // Logprobs of up to `rows` tokens, on the device and, for each step in flight, on the host.
-  struct LogprobBuffers {
-    std::int64_t rows = 0;
-    cuda::DeviceMemory device;
-    std::array<cuda::PinnedMemory, kStepsInFlight> host;
-  };
-
   // What collect() has to know of a step in flight.
   struct InFlight {
     cuda::Event done;
@@ -86,37 +68,30 @@ class CudaRunner : public Runner {
     std::vector<std::int32_t> num_of_prompts;  // of each prompt row
   };
 
-  std::int64_t padded(std::int64_t num_sequences) const;
-  std::int64_t max_decode_items(std::int64_t num_decodes) const;
-  DeviceStep send(const StepPlan& plan, InFlight& in_flight);
-  SampleBatch send_draws(const StepPlan& plan, StepInputs::Array<SampleRow> rows,
-                         std::int64_t num_rows, InFlight& step);
+  SampleBatch describe_draws(const StepPlan& plan, const DeviceStep& step, InFlight& in_flight);
   void compute(const DeviceStep& step);
-  void compute_as_graph(const DeviceStep& step);
+  void compute_as_graph(const DeviceStep& step, const SampleBatch& draws);
   void draw(const SampleBatch& draws);
-  void fetch_logprobs();
-  std::size_t max_step_bytes() const;
   void copy_forked_blocks(const std::vector<BlockCopy>& copies);
   void find_prompt_logprobs(const StepPlan& plan, InFlight& step);
-  void make_room(LogprobBuffers& buffers, std::int64_t rows);
   std::int32_t* device_tokens() const { return results_.as<std::int32_t>(); }
 
   const CudaOptions options_;
   const std::vector<std::int32_t> eos_token_ids_;
   CudaContext ctx_;
   Transformer<CudaContext> model_;
-  const std::int64_t max_blocks_;  // of a block table
   std::optional<KvCache> kv_cache_;
 
   const cuda::Stream copies_;
-  StepInputs step_inputs_, copy_inputs_, edit_inputs_, prompt_inputs_;
-  cuda::DeviceMemory tables_;   // [padded sequences, max_blocks] int32
+  StepArrays arrays_;
+  StepInputs copy_inputs_, edit_inputs_, prompt_inputs_;
   cuda::DeviceMemory results_;  // int32 tokens, one a draw, then as many errors
   std::array<cuda::PinnedMemory, kStepsInFlight> host_results_;
   LogprobBuffers draw_logprobs_, prompt_logprobs_;
 
   struct GraphKey {
     std::int64_t num_sequences;  // padded
+    std::int32_t split;          // of the decodes' contexts
     std::size_t slot;            // where its inputs and results lie
     bool draws_inside;           // not if the draws have options that depend on the request
     auto operator<=>(const GraphKey&) const = default;
@@ -124,11 +99,8 @@ class CudaRunner : public Runner {
   std::map<GraphKey, cuda::Graph> graphs_;
   std::array<InFlight, kStepsInFlight> in_flight_;
   std::size_t num_launched_ = 0, num_collected_ = 0;
-  StepResult result_;                      // of the step that was collected last
-  MutTensorView logits_{};                 // of the step that was launched last
-  std::vector<std::int32_t> device_rows_;  // of each row of its plan
-  std::vector<std::int32_t>
-      logits_index_;  // of each row of the device: where its logits are, or -1
+  StepResult result_;       // of the step that was collected last
+  MutTensorView logits_{};  // of the step that was launched last
 };
 
 }  // namespace tinyvllm

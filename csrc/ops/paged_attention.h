@@ -48,7 +48,8 @@ void paged_attention(const CpuContext& ctx, TensorView q, const KvLayer& kv,
 // The same formula. q, kv and out have one dtype. bfloat16 with a head_dim of 64, 80, 96 or 128
 // runs on the tensor cores, where q and the weights of the softmax are rounded to bfloat16;
 // everything else takes a plain path in float32. A row of a chunk has the same bits in any batch
-// and chunking; a decode's also depend on how many decodes there are, by steps.
+// and chunking; a decode's also depend on the split: on how many decodes there are and, where they
+// are few, on the longest context, by steps.
 
 // A batch as the kernels see it. All arrays are device memory, so that a captured graph reads them
 // anew at each replay.
@@ -64,13 +65,13 @@ struct CudaSequences {
   const std::int32_t* block_tables = nullptr;     // [num_decodes + num_chunks, max_blocks]
   std::int32_t max_blocks = 0;
 
-  // The work of the decodes: pairs (sequence, split), a split being decode_split() positions at a
-  // multiple of it. The splits of a sequence lie side by side, ascending from 0; a padded row has
-  // one. The grid is fixed and loops.
+  // The work of the decodes: pairs (sequence, number of a split), a split being `split` positions
+  // at a multiple of it, as decode_split() chooses it. The splits of a sequence lie side by side,
+  // ascending from 0; a padded row has one. The grid is fixed and loops.
   const std::int32_t* decode_items = nullptr;      // [*num_decode_items, 2]
   const std::int32_t* num_decode_items = nullptr;  // a scalar
   std::int32_t max_decode_items = 0;               // how many it and the workspace have room for
-  std::int32_t split = 0;                          // 0: decode_split(); a multiple of 128
+  std::int32_t split = 0;                          // a multiple of 128
 
   // The chunks: chunk i has the rows num_decodes + chunk_starts[i] to num_decodes +
   // chunk_starts[i + 1] of q, cut into tiles of chunk_tile_tokens() tokens. Never in a graph.
@@ -83,9 +84,14 @@ struct CudaSequences {
 // many, as what a split costs beside its reading is that of some hundred positions (measured by
 // benchmarks/gpu_attention.py). By the padded number of sequences, so that a graph and the same
 // batch without one agree.
-constexpr std::int64_t decode_split(std::int64_t num_decodes, std::int64_t num_kv_heads) {
+//
+// Of few sequences with long contexts there are longer splits, too: their blocks are then as many
+// as begin at once, and fewer results are merged (from about 5,000 positions on, on an H200).
+constexpr std::int64_t decode_split(std::int64_t num_decodes, std::int64_t num_kv_heads,
+                                    std::int64_t longest_context) {
   const std::int64_t shares = num_decodes * num_kv_heads;
-  return shares < 32 ? 256 : shares < 128 ? 512 : shares < 256 ? 1024 : 2048;
+  if (shares < 32) return longest_context <= 5120 ? 256 : 512;
+  return shares < 128 ? 512 : shares < 256 ? 1024 : 2048;
 }
 
 // How many tokens a tile of a chunk has: its query heads over one KV head fill a block's rows.

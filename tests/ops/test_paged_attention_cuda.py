@@ -15,6 +15,7 @@ from tinyvllm import _core
 ops = _core.ops
 
 SPLIT = 256  # of the decodes of few sequences
+LONG_SPLIT = 512  # of the same, with contexts of more than 5120 positions
 KEYS = 64  # positions of a tile of a chunk
 DTYPES = ["float32", "bfloat16"]
 # q and the weights of the softmax are rounded to bfloat16 where the tensor cores are used.
@@ -139,6 +140,15 @@ def test_a_decode_of_several_splits_matches_float64(
     contexts = [context_of(rng, n, 1, 4, 1, 64, dtype) for n in (length, 5, length + 64)]
     got = attend(device, Pool(contexts, 16), 0.5)
     assert error(got, contexts, 0.5) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("length", [5121, 33 * LONG_SPLIT + 7])  # and more than are merged at once
+def test_a_long_decode_in_longer_splits_matches_float64(
+    device: Any, rng: np.random.Generator, length: int
+) -> None:
+    contexts = [context_of(rng, n, 1, 4, 1, 64, "bfloat16") for n in (length, 300)]
+    got = attend(device, Pool(contexts, 16), 0.5)
+    assert error(got, contexts, 0.5) < BOUND["bfloat16"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

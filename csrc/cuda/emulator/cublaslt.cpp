@@ -12,6 +12,7 @@ struct CublasLt::State {};
 
 CublasLt::CublasLt(const std::vector<std::string>&) {}
 CublasLt::~CublasLt() = default;
+void CublasLt::open_early(const std::vector<std::string>&) {}
 
 std::string CublasLt::version() const { return "emulated"; }
 

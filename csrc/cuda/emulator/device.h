@@ -26,6 +26,8 @@ inline uint4 load_streaming(const void* address, bool valid) {
   return valid ? load_streaming(address) : uint4{};
 }
 
+inline float load_written(const float* address) { return *address; }
+
 inline void prefetch(const void* /*address*/) {}  // changes nothing that a kernel could see
 
 inline std::uint32_t pack_bfloat16(float low, float high) {

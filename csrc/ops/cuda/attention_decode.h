@@ -26,44 +26,88 @@ constexpr std::size_t partial_floats(int heads, int head_dim) {
   return static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim + 2);
 }
 
-// The union of `count` partial results, in ascending order, for one head and one dimension. They are
-// read kAtOnce at a time, because each read is a way to the L2 cache and back.
+// The union of the partial results of the warps, in ascending order, for one head and one dimension.
 struct PartialAttention {
   float sum, maximum, total;
 };
 
-template <int kAtOnce>
-__device__ inline PartialAttention merge_partials(const volatile float* partials, int count,
-                                                  std::size_t stride, int heads, int head_dim,
-                                                  int head, int dim) {
-  const volatile float* maxima = partials + heads * head_dim + head;
-  const volatile float* sums = partials + head * head_dim + dim;
+template <int kWarps>
+__device__ inline PartialAttention merge_warps(const float* partials, std::size_t stride, int heads,
+                                               int head_dim, int head, int dim) {
+  const float* maxima = partials + heads * head_dim + head;
   PartialAttention merged{0.0f, kMinusInfinity, 0.0f};
-  for (int first = 0; first < count; first += kAtOnce) {
-    PartialAttention parts[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool valid = first + i < count;
-      const std::size_t at = static_cast<std::size_t>(valid ? first + i : first) * stride;
-      const float maximum = maxima[at];
-      parts[i] = {sums[at], valid ? maximum : kMinusInfinity, maxima[at + heads]};
-    }
-    const float before = merged.maximum;
+  for (int i = 0; i < kWarps; ++i) merged.maximum = fmaxf(merged.maximum, maxima[i * stride]);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      merged.maximum = fmaxf(merged.maximum, parts[i].maximum);
-    }
-    const float rescale = fast_exp2(before - merged.maximum);
-    merged.sum *= rescale;
-    merged.total *= rescale;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float weight = fast_exp2(parts[i].maximum - merged.maximum);
-      merged.sum += parts[i].sum * weight;
-      merged.total += parts[i].total * weight;
-    }
+  for (int i = 0; i < kWarps; ++i) {
+    const float weight = fast_exp2(maxima[i * stride] - merged.maximum);
+    merged.sum += partials[i * stride + head * head_dim + dim] * weight;
+    merged.total += maxima[i * stride + heads] * weight;
   }
   return merged;
+}
+
+// Floats of shared memory that merge_splits() takes.
+constexpr std::size_t merging_floats(int heads, std::int64_t num_splits) {
+  return static_cast<std::size_t>(heads) * static_cast<std::size_t>(2 * num_splits + 1);
+}
+
+// out [heads, kDim] = the union of the partial results of the splits, which other blocks have
+// written; all threads of the block take part. A way to the L2 cache and back is most of what it
+// takes, so there are two, one for the weights and one for up to 32 splits.
+//
+//   partials  [num_splits, partial_floats], rows stride floats apart
+template <int kDim, int kWarps>
+__device__ inline void merge_splits(const float* partials, int num_splits, std::size_t stride,
+                                    int heads, float* shared, BFloat16* out) {
+  constexpr int kAtOnce = 32;
+  float* weights = shared;                        // [num_splits, heads]
+  float* totals = weights + num_splits * heads;   // [num_splits, heads]
+  float* inverses = totals + num_splits * heads;  // [heads]
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+
+  for (int head = warp; head < heads; head += kWarps) {  // a warp for each head
+    const float* maxima = partials + heads * kDim + head;
+    float maximum = kMinusInfinity, total = 0.0f;
+    for (int i = lane; i < num_splits; i += kWarpSize) {
+      weights[i * heads + head] = load_written(maxima + i * stride);
+      totals[i * heads + head] = load_written(maxima + i * stride + heads);
+      maximum = fmaxf(maximum, weights[i * heads + head]);
+    }
+#pragma unroll
+    for (int i = kWarpSize / 2; i > 0; i /= 2) {
+      maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, i));
+    }
+    for (int i = lane; i < num_splits; i += kWarpSize) {
+      const float weight = fast_exp2(weights[i * heads + head] - maximum);
+      weights[i * heads + head] = weight;
+      total += weight * totals[i * heads + head];
+    }
+#pragma unroll
+    for (int i = kWarpSize / 2; i > 0; i /= 2) total += __shfl_xor_sync(kAllLanes, total, i);
+    if (lane == 0) inverses[head] = 1.0f / total;
+  }
+  __syncthreads();
+
+  for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kWarps * kWarpSize) {
+    const int head = i / kDim;
+    float sum = 0.0f;
+    for (int first = 0; first < num_splits; first += kAtOnce) {
+      const float* from = partials + first * stride + i;
+      float sums[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j, from += stride) {
+        sums[j] = 0.0f;
+        if (first + j < num_splits) sums[j] = load_written(from);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + j < num_splits) sum += sums[j] * weights[(first + j) * heads + head];
+      }
+    }
+    out[i] = round_to_bfloat16(sum * inverses[head]);
+  }
 }
 
 // The part of a row [kDim] of q or K that a lane holds: of each 32 dimensions 8t to 8t + 7, which
@@ -212,7 +256,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
   const float scale = a.scale * kLog2e;
   auto* new_key = reinterpret_cast<BFloat16*>(shared_memory());  // [kDim], where kRotates
   auto* new_value = new_key + kDim;
-  auto* shared = reinterpret_cast<float*>(new_value + kDim);
+  auto* is_last = reinterpret_cast<int*>(new_value + kDim);
+  auto* shared = reinterpret_cast<float*>(is_last + 1);  // what is merged
   bool waited = false;
 
   // Up to the first K and V every load needs the one before it. At few sequences that is most of
@@ -458,7 +503,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
       const int head = i / kDim;
       const PartialAttention merged =
-          merge_partials<kWarps>(shared, kWarps, partial_size, heads, kDim, head, i % kDim);
+          merge_warps<kWarps>(shared, partial_size, heads, kDim, head, i % kDim);
       if (num_splits == 1) {
         out[i] = round_to_bfloat16(merged.sum / merged.total);
       } else {
@@ -471,7 +516,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
     }
 
     if (num_splits > 1) {
-      auto* is_last = reinterpret_cast<int*>(shared + kWarps * partial_size);
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -482,23 +526,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, (kDim <= 64 ? 16 : 8) / kWa
       __syncthreads();
       if (*is_last) {
         __threadfence();
-        const float* of_first_split = partial - (split - first_split) * item_size;
-        for (int i = static_cast<int>(threadIdx.x); i < heads * kDim; i += kThreads) {
-          const PartialAttention merged = merge_partials<16>(of_first_split, num_splits, item_size,
-                                                             heads, kDim, i / kDim, i % kDim);
-          out[i] = round_to_bfloat16(merged.sum / merged.total);
-        }
+        merge_splits<kDim, kWarps>(partial - (split - first_split) * item_size, num_splits,
+                                   item_size, heads, shared, out);
       }
     }
     __syncthreads();  // the next task writes where this one reads
   }
 }
 
-// The newest k and v, the partial results of the warps, is_last.
-inline std::size_t decode_shared_bytes(int group, int head_dim, int warps) {
+// The newest k and v, is_last, and the partial results of the warps, then what merging so many splits
+// takes.
+inline std::size_t decode_shared_bytes(int group, int head_dim, int warps,
+                                       std::int64_t max_splits) {
   const int heads = group < kDecodeHeads ? group : kDecodeHeads;
-  return 2 * static_cast<std::size_t>(head_dim) * sizeof(BFloat16) +
-         (static_cast<std::size_t>(warps) * partial_floats(heads, head_dim) + 1) * sizeof(float);
+  const std::size_t of_warps = static_cast<std::size_t>(warps) * partial_floats(heads, head_dim);
+  const std::size_t of_splits = merging_floats(heads, max_splits);
+  return 2 * static_cast<std::size_t>(head_dim) * sizeof(BFloat16) + sizeof(int) +
+         (of_warps > of_splits ? of_warps : of_splits) * sizeof(float);
 }
 
 }  // namespace tinyvllm::cuda

@@ -64,19 +64,18 @@ void attend_decodes(const CudaContext& ctx, const AttentionArguments<BFloat16>& 
   // Enough blocks for one split of each sequence; where fewer sequences have more splits, as many
   // as the GPU takes at once.
   const int blocks = std::max(num_shares, 2 * ctx.num_multiprocessors());
-  const std::int64_t split = sequences.split > 0
-                                 ? sequences.split
-                                 : decode_split(sequences.num_decodes, arguments.num_kv_heads);
+  const std::int64_t max_context = std::int64_t{sequences.max_blocks} * arguments.block_size;
+  const std::int64_t max_splits = (max_context + sequences.split - 1) / sequences.split;
   auto* partials = reinterpret_cast<float*>(ctx.workspace(
       paged_attention_workspace_bytes(sequences.max_decode_items, arguments.num_heads, kDim)));
   const auto start = [&](auto warps) {
     launch(ctx, "decode_attention",
            {.grid = dim3(static_cast<unsigned>(blocks)),
             .block = warps() * kWarpSize,
-            .shared_bytes = decode_shared_bytes(group, kDim, warps()),
+            .shared_bytes = decode_shared_bytes(group, kDim, warps(), max_splits),
             .overlaps_previous = true},
            decode_attention_kernel<kDim, kRotates, warps()>, arguments, rope,
-           static_cast<int>(split), partials, ctx.counters());
+           static_cast<int>(sequences.split), partials, ctx.counters());
   };
   if (num_shares < 4 * ctx.num_multiprocessors()) {
     start(std::integral_constant<int, 8>());
