@@ -12,6 +12,7 @@ import results
 import runner
 from runner import Row
 
+_REPACKED = {"repacked": {"repack_weights": True}}  # for prefill and many sequences
 _LLAMA, _SMOLLM = "llama-3.2-1b", "smollm2-135m"
 
 
@@ -25,6 +26,7 @@ def _rows_of(model: str, title: str, prefix: str, musts: dict[str, float]) -> li
             num_prompts=count,
             prompt_len=32,
             must=musts[f"sequences-{count}"],
+            variants=_REPACKED,
         )
         for count in (8, 16, 32)
     ]
@@ -44,6 +46,7 @@ def _rows_of(model: str, title: str, prefix: str, musts: dict[str, float]) -> li
             prompt_len=512,
             max_tokens=1,
             must=musts["prefill"],
+            variants=_REPACKED,
         ),
         *sequences,
     ]

@@ -180,6 +180,29 @@ def test_it_holds_on_every_instruction_set_and_family(tmp_path: Path, isa: str, 
         assert stats["prefix_cache_hits"] > 0
 
 
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_it_holds_with_repacked_weights(tmp_path: Path, isa: str, name: str) -> None:
+    family = FAMILIES[name]
+    path = family.write(tmp_path)
+    vocab = family.config["vocab_size"]
+    assert isinstance(vocab, int)
+    requests = some_requests(4, vocab, count=24)
+    alone: list[Any] = []
+    for prompt, options in requests:
+        driver = Driver(path, prefix_caching=False, max_num_seqs=4, repack_weights=True)
+        alone.append(driver.run_alone(prompt, **options).result())
+    for budget, blocks, threads in [(9, 40, 1), (300, 60, 2)]:
+        got, _ = run_together(
+            path,
+            requests,
+            max_num_batched_tokens=budget,
+            num_blocks=blocks,
+            num_threads=threads,
+            repack_weights=True,
+        )
+        assert_same(got, alone)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_chunks_of_1_to_512_tokens_give_the_same_bits(tmp_path: Path, dtype: str) -> None:
     config = MODEL | {"max_position_embeddings": 1024}

@@ -17,6 +17,7 @@ from devices import has_cuda
 from engine_driver import Driver
 from tinyvllm import _core
 from tinyvllm.dummy import write_checkpoint
+from tinyvllm.errors import InvalidRequestError
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
 
@@ -182,6 +183,11 @@ def batches(model: Path, request: tuple[list[int], dict[str, Any]]) -> list[Call
         lambda: run(model, [request], batch_invariant=True, max_num_batched_tokens=8)[0],
         lambda: run(model, [(request[0], GREEDY), request], batch_invariant=True)[-1],  # a hit
     ]
+
+
+def test_repacked_weights_are_for_the_cpu(model: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="repack_weights is for the CPU"):
+        Driver(model, device="cuda", repack_weights=True)
 
 
 def test_batch_invariant_gives_a_request_the_same_bits_in_every_batch(model: Path) -> None:

@@ -108,6 +108,29 @@ def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:
         assert memory["copied_weights"] == real["copied_weight_bytes"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float16", "bfloat16"),
+        ("float32", "float32"),
+    ],
+)
+def test_the_plan_knows_what_repacked_weights_take(
+    tmp_path: Path, stored: str, dtype: str, tied: bool
+) -> None:
+    from tinyvllm import LLM
+
+    config = {**UNTIED, "tie_word_embeddings": tied, "vocab_size": 333, "eos_token_id": 1}
+    model = dummy.write_checkpoint(tmp_path / "model", config, dtype=stored)
+    with LLM(model, dtype=dtype, repack_weights=True, max_num_seqs=2, max_model_len=64) as llm:
+        real = llm.stats()["copied_weight_bytes"]
+    memory = report(str(model), "--dtype", dtype, "--repack-weights")["memory"]
+    assert memory["copied_weights"] == real
+
+
 # --- Will it fit ----------------------------------------------------------------------------------
 
 

@@ -168,8 +168,8 @@ py::array bind_repack(const CpuContext& ctx, const py::array& block) {
   const Weight weight = weight_of({block}, {});
   const std::int64_t columns = kPanelOutputs * panel_depth(weight.dtype, 1);
   const std::int64_t bytes = static_cast<std::int64_t>(repacked_bytes(weight));
-  py::array out = make(weight.dtype, bytes / (columns * static_cast<int>(size_of(weight.dtype))),
-                       columns);
+  py::array out =
+      make(weight.dtype, bytes / (columns * static_cast<int>(size_of(weight.dtype))), columns);
   repack(ctx, weight, static_cast<std::byte*>(view(out).data));
   return out;
 }
@@ -529,8 +529,7 @@ void bind_ops(py::module_& module) {
              "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");
   module.def("time_matmul", &time_matmul, py::arg("ctx"), py::arg("rows"), py::arg("outputs"),
              py::arg("depth"), py::arg("copies") = 1, py::arg("rounds") = 5,
-             py::arg("layout") = "rows",
-             py::call_guard<py::gil_scoped_release>(),
+             py::arg("layout") = "rows", py::call_guard<py::gil_scoped_release>(),
              "Seconds of one bfloat16 matmul [rows, depth] x [outputs, depth], a value a round.");
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");

@@ -46,7 +46,8 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
   if (use_cuda(config.device)) {
     if (config.repack_weights) {
       throw InvalidRequestError(
-          "repack_weights is for the CPU; a GPU has a copy of its own. Leave it out, or take device "
+          "repack_weights is for the CPU; a GPU has a copy of its own. Leave it out, or take "
+          "device "
           "cpu.");
     }
     const CudaOptions options{
@@ -64,9 +65,9 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
 #else
   if (config.device == Device::kCuda) require_cuda_build();
 #endif
-  return std::make_unique<CpuRunner>(
-      checkpoint, compute, config.repack_weights, config.num_threads, config.max_num_batched_tokens,
-      config.max_num_seqs, std::move(eos_token_ids));
+  return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights, config.num_threads,
+                                     config.max_num_batched_tokens, config.max_num_seqs,
+                                     std::move(eos_token_ids));
 } catch (const CapacityError& error) {
   throw CapacityError(error.what() +
                       memory_table(checkpoint, compute_dtype(config, checkpoint), nullptr));

@@ -78,11 +78,14 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   }
   const Kernels& kernels = ctx.kernels();
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    multiply_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16, kernels.matmul_panels_bf16_bf16);
+    multiply_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16,
+                                        kernels.matmul_panels_bf16_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    multiply_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16, kernels.matmul_panels_f32_bf16);
+    multiply_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16,
+                                     kernels.matmul_panels_f32_bf16);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    multiply_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32, kernels.matmul_panels_f32_f32);
+    multiply_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32,
+                                  kernels.matmul_panels_f32_f32);
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +

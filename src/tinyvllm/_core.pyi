@@ -285,7 +285,10 @@ class _Ops:
         blocks: Sequence[Tensor],
         biases: Sequence[Floats | None] = [],
         out_dtype: str = "float32",
+        layout: str = "rows",
     ) -> Tensor: ...
+    @staticmethod
+    def repack(ctx: CpuContext, block: Tensor) -> Tensor: ...
     @staticmethod
     def matmul_add(
         ctx: Context,
@@ -293,6 +296,7 @@ class _Ops:
         blocks: Sequence[Tensor],
         residual: Floats,
         biases: Sequence[Floats | None] = [],
+        layout: str = "rows",
     ) -> Floats: ...
     @staticmethod
     def norm_matmul(

@@ -60,6 +60,7 @@ class Limits:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    repack_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def make_plan(
     """config: as _core.parse_model_config gives it. memory, program: in bytes; of a GPU, all that
     it has, and what is taken of it before the weights come."""
     on_gpu = limits.device == "cuda"
-    mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits.dtype)
+    mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits)
     copied += 4 * (config["head_dim"] // 2)  # the frequencies of the rotation
     activations = _activation_bytes(config, limits)
     if on_gpu:
@@ -180,18 +181,32 @@ def make_plan(
     )
 
 
-def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str) -> tuple[int, int, int]:
+def _weight_bytes(tensors: list[TensorHeader], limits: Limits) -> tuple[int, int, int]:
     """Bytes that are used in place, that are copies, and that are read once to be copied."""
+    dtype = limits.dtype
+    tied = all(tensor.name != "lm_head.weight" for tensor in tensors)
     mapped = copied = passed = 0
     for tensor in tensors:
         stored = _DTYPES.get(tensor.dtype)
         is_matrix = len(tensor.shape) > 1
-        if is_matrix and (stored == dtype or (stored, dtype) == ("bfloat16", "float32")):
+        is_embedding = tensor.name == "model.embed_tokens.weight"  # whose rows are read, too
+        in_place = is_matrix and (stored == dtype or (stored, dtype) == ("bfloat16", "float32"))
+        size = _SIZES[stored if in_place and stored else dtype] if is_matrix else 4
+        if limits.repack_weights and is_matrix and (tied or not is_embedding):
+            copied += _panel_bytes(tensor, size)
+        if in_place and (is_embedding or not limits.repack_weights):
             mapped += tensor.num_bytes
         else:
-            copied += tensor.num_elements * (_SIZES[dtype] if is_matrix else 4)
             passed += tensor.num_bytes
+            if is_embedding or not (is_matrix and limits.repack_weights):
+                copied += tensor.num_elements * size
     return mapped, copied, passed
+
+
+def _panel_bytes(tensor: TensorHeader, size: int) -> int:
+    """csrc/ops/repack.h: 32 rows side by side, elements of them in pairs of 4 bytes."""
+    rows, depth = tensor.shape
+    return -(-rows // 32) * 32 * -(-depth * size // 4) * 4
 
 
 def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:

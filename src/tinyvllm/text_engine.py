@@ -63,9 +63,9 @@ class TextEngine:
     kv_cache_memory_bytes, num_gpu_blocks_override: the size of the KV cache, in bytes or in blocks
         of block_size tokens (on any device).
     num_threads: None: one for each physical core that this process may use.
-    repack_weights: on a CPU, a copy of the weights in the order in which products read them fastest:
-        for long prompts and many sequences; it takes as much memory again, which this process shares
-        with no other, and a moment at the start.
+    repack_weights: on a CPU, a copy of the weights in the order that products read fastest: for
+        long prompts and many sequences. No other process shares its memory, and it takes a moment
+        at the start.
     gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and all else together.
     enforce_eager: no CUDA graphs; the results are the same bits.
     batch_invariant: on a GPU, too, a request's bits are the same in every batch; slower.

@@ -9,7 +9,7 @@ from devices import Device, cpu, cuda, has_cuda, is_cuda
 from tinyvllm import _core
 
 # Ops that run on the CPU only, and on CUDA only.
-CPU_ONLY = {"test_paged_attention"}
+CPU_ONLY = {"test_matmul_panels", "test_paged_attention"}
 CUDA_ONLY = {"test_matmul_cuda", "test_paged_attention_cuda", "test_sample_cuda"}
 
 

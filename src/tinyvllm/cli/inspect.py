@@ -142,12 +142,17 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
             f"{num_seqs}."
         )
     room = _room(options, program)
+    if options["repack_weights"] and room.device == "cuda":
+        raise InvalidRequestError(
+            "repack_weights is for the CPU; leave it out, or take device cpu."
+        )
     limits = Limits(
         dtype=compute_dtype(options["dtype"], dtype),
         device=room.device,
         max_model_len=asked,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=step_tokens or max(2048, num_seqs),
+        repack_weights=options["repack_weights"],
     )
     plan = make_plan(config, tensors, limits, memory=room.memory, program=room.program)
     sampling, sampling_warnings = _sampling(directory)

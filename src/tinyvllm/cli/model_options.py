@@ -219,6 +219,13 @@ def engine_options(
             show_default=True,
         ),
         option("--max-model-len", section=section, type=Count(), metavar="N", help=max_model_len),
+        option(
+            "--repack-weights",
+            section=section,
+            is_flag=True,
+            help="On a CPU: copy the weights into the order that is read fastest, for long prompts "
+            "and many sequences.",
+        ),
     ]
     if threads:
         options.insert(
@@ -272,6 +279,7 @@ def open_llm(options: dict[str, Any], **arguments: Any) -> Iterator[LLM]:
         dtype=options["dtype"],
         num_threads=options["threads"],
         max_model_len=options["max_model_len"],
+        repack_weights=options["repack_weights"],
         quiet=options["quiet"],
         **arguments,
     ) as llm:
