@@ -16,10 +16,11 @@ from pathlib import Path
 import plots
 import results
 import runner
+from peer_process import ROOT
 from results import Json
 from runner import Row
 
-README = runner.ROOT.parent / "README.md"
+README = ROOT.parent / "README.md"
 
 _MODEL = "llama-3.2-1b"
 ROWS = [

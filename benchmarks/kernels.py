@@ -26,8 +26,9 @@ from typing import Any
 
 import plots
 import results
+from peer_process import ROOT, PeerError, PeerSpec, read_answer
 from results import Json
-from runner import MODELS, ROOT, Bench, PeerError, PeerSpec, read_answer
+from runner import MODELS, Bench
 from tinyvllm import LLM, SamplingParams, _core, dummy
 from tinyvllm.limits import MachineLimits, measure_limits
 from tinyvllm.model_cost import ModelCost

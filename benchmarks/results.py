@@ -6,7 +6,7 @@ one. Every row stands for itself:
     row, what       its name, and the work in words
     model           the shape of the seeded random weights (python -m tinyvllm.dummy)
     measures        decode, prefill, throughput, first_token, load, start, start_text or memory:
-                  runner.py defines them
+                    runner.py defines them
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
     machine         cpu, memory_bytes, device; num_threads that every peer was given; on a GPU its
@@ -18,6 +18,7 @@ one. Every row stands for itself:
                     rounds, or null
     peers           one object a peer:
       peer, version   as the adapter says
+      options         arguments of LLM, where it is this engine in another configuration
       missing         why it did not run, in which case nothing follows
       values          one a round; the peers take turns within a round
       median, min, max
@@ -156,8 +157,9 @@ def to_markdown(rows: list[Json]) -> str:
 
 
 def best_ratio(row: Json) -> float | None:
-    """Against the best peer: the least of the ratios."""
-    ratios = [peer["ratio"] for peer in row["peers"] if peer.get("ratio") is not None]
+    """Against the best of the other engines: the least of the ratios."""
+    others = [peer for peer in row["peers"] if not peer.get("options")]
+    ratios = [peer["ratio"] for peer in others if peer.get("ratio") is not None]
     return min(ratios, default=None)
 
 

@@ -16,18 +16,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import results
+from peer_process import (
+    PEERS,
+    ROOT,
+    DifferentWorkError,
+    PeerError,
+    PeerProcess,
+    PeerSpec,
+    check_agreement,
+    check_counts,
+    read_answer,
+    start,
+)
 from peers.peer import Outcome, TokenIds, Work
 from results import Json
 from tinyvllm import dummy
@@ -35,14 +44,8 @@ from tinyvllm._core import default_num_threads
 from tinyvllm.limits import MachineLimits, measure_limits
 from tinyvllm.model_cost import ModelCost
 
-ROOT = Path(__file__).parent
 MODELS = ROOT.parent / "build" / "models"
 TRIALS = ROOT.parent / "build" / "benchmarks"  # what --scaled-by writes: no results
-
-# The largest gap between the likeliest token and another engine's choice, in nats, that is still a
-# matter of rounding. bfloat16 moves the logits of these models, whose standard deviation is 3, by
-# 0.1 (standard deviation) and 0.6 at the most; a token that comes of other work is off by 10.
-NEAR_TIE = 1.0
 
 # The products that measure_limits() times take all the power that a card may take, and its clock
 # stays down for some tenths of a second: at 1,440 in place of 1,980 MHz on an H200, where a prefill
@@ -50,35 +53,6 @@ NEAR_TIE = 1.0
 SETTLING_SECONDS = 0.5
 
 _TEXT = "The quick brown fox said that it had seen all of the old town at least once before."
-
-
-class DifferentWorkError(Exception):
-    """A peer did not do what the others did."""
-
-
-class PeerError(Exception):
-    """A peer is not installed or does not run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PeerSpec:
-    """Who is compared: an adapter module, and how the file is called that it reads."""
-
-    name: str
-    module: str
-    suffix: str = ""  # appended to the checkpoint's path; "" where it is read as it is
-    python: str = sys.executable
-
-
-PEERS = {
-    "tinyvllm": PeerSpec("tinyvllm", "peers.tinyvllm"),
-    "llama.cpp": PeerSpec("llama.cpp", "peers.llama_cpp", ".gguf"),
-    "openvino": PeerSpec("openvino", "peers.openvino_genai", ".openvino"),
-    "transformers": PeerSpec("transformers", "peers.transformers"),
-    "llama-batched-bench": PeerSpec("llama-batched-bench", "peers.llama_batched_bench", ".gguf"),
-    "ctranslate2": PeerSpec("ctranslate2", "peers.ctranslate2", ".ct2"),
-}
-
 
 Length = int | tuple[int, int]  # as it is, or drawn from first to last for each sequence
 
@@ -96,6 +70,8 @@ class Row:
               start_text: the same of a text, with the tokenizer loaded
               memory: resident bytes of the process after a decode
     must      the ratio to the best peer that is asked for
+    variants  this engine once more with other arguments of LLM: {"static": {"batching": "static"}}
+              stands in the row as a peer called "tinyvllm static"
     """
 
     name: str
@@ -106,6 +82,7 @@ class Row:
     prompt_len: Length = 16
     max_tokens: Length = 64
     must: float | None = None
+    variants: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -183,122 +160,6 @@ class Row:
         return sum(work.max_tokens) / (prefill + decode)
 
 
-# --- Peers as processes ---------------------------------------------------------------------------
-
-
-class PeerProcess:
-    """One peer, loaded for one row."""
-
-    def __init__(self, spec: PeerSpec, arguments: Sequence[str]) -> None:
-        self.spec = spec
-        self._process = start(spec, ["serve", *arguments])
-        self.load_seconds: float
-        self.load_seconds = read_answer(spec, self._process.stdout)
-
-    def run(self, work: Work) -> Outcome:
-        return Outcome(**self._ask(dataclasses.asdict(work)))
-
-    def near_misses(self, prompts: list[TokenIds], tokens: TokenIds) -> list[float]:
-        gaps: list[float] = self._ask({"near_misses": [prompts, tokens]})
-        return gaps
-
-    def resident_bytes(self) -> int:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
-        return int(line.split()[1]) * 1024
-
-    def _ask(self, request: Json) -> Any:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise PeerError(f"{self.spec.name}: its process has ended") from None
-        return read_answer(self.spec, self._process.stdout)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-
-def start(spec: PeerSpec, arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [spec.python, "-m", spec.module, *arguments],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=None if os.environ.get("TINYVLLM_BENCH_STDERR") else subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def read_answer(spec: PeerSpec, pipe: IO[str] | None) -> Any:
-    assert pipe is not None
-    line = pipe.readline()
-    if not line:
-        raise PeerError(
-            f"{spec.name} ended without an answer; TINYVLLM_BENCH_STDERR=1 shows what it says"
-        )
-    answer = json.loads(line)
-    if "ok" in answer:
-        return answer["ok"]
-    raise PeerError(answer.get("missing") or f"failed ({answer['failed']})")
-
-
-# --- Whether it was the same work -----------------------------------------------------------------
-
-
-def check_counts(work: Work, outcome: Outcome) -> None:
-    """Throws DifferentWorkError unless there are exactly the tokens that were asked for."""
-    lengths = [len(tokens) for tokens in outcome.tokens]
-    if lengths != work.max_tokens:
-        raise DifferentWorkError(
-            f"{len(work.prompts)} sequences of {min(work.max_tokens)} to {max(work.max_tokens)} "
-            f"tokens were asked for, {sum(work.max_tokens)} together; {len(lengths)} came, of "
-            f"{min(lengths, default=0)} to {max(lengths, default=0)}, {sum(lengths)} together"
-        )
-
-
-def check_agreement(
-    work: Work,
-    reference: Outcome,
-    outcome: Outcome,
-    near_misses: Callable[[list[TokenIds], TokenIds], list[float]],
-) -> Json:
-    """Compares greedy tokens with the reference's, up to the first difference in each sequence.
-
-    There the reference says how much less likely the other token is; throws DifferentWorkError
-    where that is more than a near tie. What comes after it continues another text.
-    """
-    prefixes = [
-        next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-        for ours, theirs in zip(reference.tokens, outcome.tokens, strict=True)
-    ]
-    differing = [s for s, prefix in enumerate(prefixes) if prefix < work.max_tokens[s]]
-    gaps = []
-    if differing:
-        gaps = near_misses(
-            [work.prompts[s] + reference.tokens[s][: prefixes[s]] for s in differing],
-            [outcome.tokens[s][prefixes[s]] for s in differing],
-        )
-    for s, gap in zip(differing, gaps, strict=True):
-        if gap > NEAR_TIE:
-            raise DifferentWorkError(
-                f"token {prefixes[s]} of sequence {s} is {outcome.tokens[s][prefixes[s]]}, which "
-                f"is {gap:.1f} nats less likely than {reference.tokens[s][prefixes[s]]}; "
-                f"a near tie is {NEAR_TIE:.1f} at the most"
-            )
-    return {
-        "sequences": len(work.prompts),
-        "identical": len(work.prompts) - len(differing),
-        "shortest_common_prefix": min(prefixes),
-        "largest_gap": max(gaps, default=0.0),
-    }
-
-
 # --- Rows -----------------------------------------------------------------------------------------
 
 
@@ -336,7 +197,12 @@ class Bench:
 
     def run(self, row: Row) -> Json:
         checkpoint = self.checkpoint(row.model)
-        columns = [self._prepared(spec, checkpoint, row) for spec in self.peers]
+        ours, *others = self.peers
+        variants = [
+            dataclasses.replace(ours, name=f"{ours.name} {name}", options=options)
+            for name, options in row.variants.items()
+        ]
+        columns = [self._prepared(spec, checkpoint, row) for spec in (ours, *variants, *others)]
         config = json.loads((checkpoint / "config.json").read_text())
         work = row.work(config["vocab_size"])
         timed_whole = row.measures in ("load", "start", "start_text")
@@ -372,6 +238,7 @@ class Bench:
             *("--max-num-seqs", str(row.num_prompts)),
             *("--max-model-len", str(-(-row.longest() // 256) * 256)),
             *("--device", self.device),
+            *("--options", json.dumps(spec.options)),
         ]
 
     def _time_work(
@@ -535,6 +402,8 @@ class Bench:
         peers: list[Json] = []
         for column in columns:
             peer: Json = {"peer": column.spec.name}
+            if column.spec.options:
+                peer["options"] = column.spec.options
             peers.append(peer)
             if column.missing:
                 peer["missing"] = column.missing

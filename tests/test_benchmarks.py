@@ -30,6 +30,7 @@ def _module(name: str) -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
+peer_process: Any = _module("peer_process")
 runner: Any = _module("runner")
 results: Any = _module("results")
 compare: Any = _module("compare")
@@ -62,7 +63,7 @@ def run(models: Path, behaviour: str, **changes: Any) -> dict[str, Any]:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         bench = runner.Bench(
             models=models,
-            peers=[runner.PEERS["tinyvllm"], runner.PeerSpec(*FAKE)],
+            peers=[peer_process.PEERS["tinyvllm"], peer_process.PeerSpec(*FAKE)],
             rounds=2,
             limits=lambda: LIMITS,
         )
@@ -118,7 +119,7 @@ def test_the_command_ends_with_an_error_where_a_peer_is_refused(
 ) -> None:
     monkeypatch.setenv("FAKE_PEER", "stops_early")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setitem(runner.PEERS, "fake", runner.PeerSpec(*FAKE))
+    monkeypatch.setitem(peer_process.PEERS, "fake", peer_process.PeerSpec(*FAKE))
     monkeypatch.setattr(sys, "argv", ["x.py", "--models", str(models), "--rounds", "1"])
     with pytest.raises(SystemExit) as stopped:
         runner.main("A benchmark.", [row()], ["fake"], tmp_path / "out.json")
@@ -144,6 +145,20 @@ def test_a_trial_leaves_the_results_alone(
     assert "all divided by 2" in capsys.readouterr().out
 
 
+def test_a_row_may_have_this_engine_in_several_configurations(models: Path) -> None:
+    variants = {"static": {"batching": "static"}, "small": {"num_gpu_blocks_override": 0}}
+    result = run(models, "honest", variants=variants)
+    ours, static, small, theirs = result["peers"]
+    assert [static["peer"], small["peer"]] == ["tinyvllm static", "tinyvllm small"]
+    assert "options" not in ours
+    assert static["options"] == {"batching": "static"}
+    assert static["agreement"]["identical"] == 2
+    assert static["ratio"] > 0
+    assert "num_gpu_blocks_override" in small["missing"]  # which shows that it arrives
+    static["ratio"] = theirs["ratio"] / 2
+    assert results.best_ratio(result) == theirs["ratio"]  # the others', not our own
+
+
 def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Path) -> None:
     result = run(models, "missing")
     (_, theirs) = result["peers"]
@@ -152,25 +167,25 @@ def test_a_peer_that_is_not_installed_stays_in_the_table_and_says_so(models: Pat
 
 
 def test_a_difference_at_a_near_tie_is_no_other_work() -> None:
-    work = runner.Work([[1, 2], [3, 4]], [3, 3])
-    ours = runner.Outcome([[5, 6, 7], [8, 9, 10]], 1.0, 0.5)
-    theirs = runner.Outcome([[5, 6, 7], [8, 11, 12]], 1.0, 0.5)
+    work = peer_process.Work([[1, 2], [3, 4]], [3, 3])
+    ours = peer_process.Outcome([[5, 6, 7], [8, 9, 10]], 1.0, 0.5)
+    theirs = peer_process.Outcome([[5, 6, 7], [8, 11, 12]], 1.0, 0.5)
     asked = []
 
     def near_misses(prompts: list[list[int]], tokens: list[int]) -> list[float]:
         asked.append((prompts, tokens))
-        return [runner.NEAR_TIE / 2]
+        return [peer_process.NEAR_TIE / 2]
 
-    agreement = runner.check_agreement(work, ours, theirs, near_misses)
+    agreement = peer_process.check_agreement(work, ours, theirs, near_misses)
     assert asked == [([[3, 4, 8]], [11])]  # the prompt and what both gave, then the other's token
     assert agreement == {
         "sequences": 2,
         "identical": 1,
         "shortest_common_prefix": 1,
-        "largest_gap": runner.NEAR_TIE / 2,
+        "largest_gap": peer_process.NEAR_TIE / 2,
     }
-    with pytest.raises(runner.DifferentWorkError, match="token 1 of sequence 1 is 11"):
-        runner.check_agreement(work, ours, theirs, lambda *_: [runner.NEAR_TIE * 2])
+    with pytest.raises(peer_process.DifferentWorkError, match="token 1 of sequence 1 is 11"):
+        peer_process.check_agreement(work, ours, theirs, lambda *_: [peer_process.NEAR_TIE * 2])
 
 
 # --- Figures --------------------------------------------------------------------------------------
@@ -185,7 +200,7 @@ def test_a_difference_at_a_near_tie_is_no_other_work() -> None:
     ],
 )
 def test_what_a_row_measures(measures: str, changes: dict[str, Any], value: float) -> None:
-    outcome = runner.Outcome([], seconds=2.0, first_token_seconds=0.5)
+    outcome = peer_process.Outcome([], seconds=2.0, first_token_seconds=0.5)
     one = row(measures=measures, **changes)
     assert one.value(one.work(384), outcome) == pytest.approx(value)
 

@@ -95,6 +95,17 @@ def test_it_imports_nothing_heavy() -> None:
     assert {"torch", "transformers", "pandas", "scipy"}.isdisjoint(loaded)
 
 
+def test_the_peers_and_the_oracle_share_an_environment() -> None:
+    """What both files pin is one version: `make compare` after `make test` changes nothing."""
+    pins = [
+        dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements-bench.txt", "requirements-oracle.txt")
+    ]
+    shared = pins[0].keys() & pins[1].keys()
+    assert shared == {"torch", "transformers"}
+    assert all(pins[0][name] == pins[1][name] for name in shared)
+
+
 # --- The stub -------------------------------------------------------------------------------------
 # pybind11 writes each function's signature into the first line of its docstring.
 

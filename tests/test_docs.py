@@ -75,3 +75,12 @@ def test_examples_with_the_bundled_model_run(example: str, tmp_path: Path) -> No
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_story_in_the_readme_is_the_one_that_comes() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    session = re.search(r"\n\$ \.venv/bin/tinyvllm (generate .*)\n((?:.*\n)+?)```", readme)
+    assert session
+    command = [sys.executable, "-m", "tinyvllm.cli", *shlex.split(session[1])]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert session[2].split() == said.split()

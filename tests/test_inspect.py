@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tinyvllm import _core, dummy, generation_config
+from tinyvllm.errors import DeviceError
 from tinyvllm.llm import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "tinyvllm.cli", "inspect"]
@@ -143,6 +144,29 @@ def test_the_kv_cache_gets_what_is_left_or_less(
         assert memory["full_length_sequences"] == 4
 
 
+@pytest.mark.parametrize(
+    ("asked", "padded"),
+    [(1, 1), (2, 2), (3, 4), (5, 8), (17, 24), (64, 64), (65, 80), (250, 256)],
+)
+def test_the_batch_sizes_that_have_a_graph(asked: int, padded: int) -> None:
+    assert _core.padded_batch_size(asked) == padded
+
+
+@pytest.mark.parametrize(
+    ("sequences", "items"),
+    [
+        (1, 32),  # 8192 / 256
+        (3, 96),  # of 4 in a graph, where a split is twice as long: 4 x 16
+        (12, 240),  # 15 x 16: sixteen sequences have splits of 1024, and 128 of them
+        (64, 256),  # 31 x 8 are 248, and 64 x 4
+    ],
+)
+def test_more_sequences_may_have_fewer_splits(sequences: int, items: int) -> None:
+    """With 8 KV heads a split is 256 positions for up to 3 sequences, then 512, from 16 on 1024,
+    from 32 on 2048."""
+    assert _core.most_decode_items(sequences, num_kv_heads=8, max_model_len=8192) == items
+
+
 def test_a_gpu_that_is_elsewhere() -> None:
     arguments = ["llama-3.1-8b", "--device", "cuda"]
     memory = report(*arguments, "--memory", "80G")["memory"]
@@ -162,8 +186,10 @@ def test_a_gpu_that_is_elsewhere() -> None:
 def test_a_gpu_that_is_not_there_is_exit_5() -> None:
     result = inspect("llama-3.1-8b", "--device", "cuda")
     assert result.returncode == 5
-    assert b"no CUDA backend" in result.stderr
-    assert b"--device cuda --memory 80G" in result.stderr
+    with pytest.raises(DeviceError) as missing:
+        _core.require_cuda_build()
+    assert str(missing.value).encode() in result.stderr
+    assert b"--memory 80G" in result.stderr
     assert report("--device", "auto")["memory"]["device"] == "cpu"
 
 

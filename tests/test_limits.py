@@ -66,7 +66,7 @@ def test_an_unknown_device_is_refused() -> None:
 
 @pytest.mark.skipif(_core.cuda_build() != "none", reason="this build has CUDA")
 def test_a_build_without_cuda_says_so_and_auto_takes_the_cpu() -> None:
-    with pytest.raises(DeviceError, match="device cuda: this build has the CPU engine only"):
+    with pytest.raises(DeviceError, match="device cuda: this build has no CUDA backend"):
         measure_limits("cuda")
     assert measure_limits("auto").bf16_flops_per_second > 0
 

@@ -67,6 +67,7 @@ class Settings:
     max_model_len: int = 1024
     device: str = "cpu"
     tokenizer: bool = False  # whether encode() will be called
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this engine's LLM
 
 
 class Peer(abc.ABC):
@@ -137,13 +138,13 @@ def main(peer: type[Peer]) -> None:
         max_model_len=arguments.max_model_len,
         device=arguments.device,
         tokenizer=arguments.text is not None,
+        options=arguments.options,
     )
+    loaded: list[Peer] = []
     if arguments.command == "first-token":
-        try_to(lambda: _first_token(peer, settings, arguments))
+        try_to(lambda: _first_token(peer, settings, arguments, loaded))
         answers.close()
         os._exit(0)  # the time until here is what counts; freeing is nobody's wait
-
-    loaded: list[Peer] = []
 
     def load() -> float:
         began = time.perf_counter()
@@ -166,11 +167,16 @@ def _prepare(peer: type[Peer], arguments: argparse.Namespace) -> str:
 
 
 def _first_token(
-    peer_class: type[Peer], settings: Settings, arguments: argparse.Namespace
+    peer_class: type[Peer],
+    settings: Settings,
+    arguments: argparse.Namespace,
+    loaded: list[Peer],
 ) -> tuple[float, TokenIds]:
-    """The seconds to load, and the prompt's ids with the first token behind them."""
+    """The seconds to load, and the prompt's ids with the first token behind them. The peer is put
+    into `loaded`: it outlives the answer, or its unmapping would be timed."""
     began = time.perf_counter()
     peer = peer_class(settings)
+    loaded.append(peer)
     load_seconds = time.perf_counter() - began
     if arguments.text is not None:
         prompt = peer.encode(arguments.text)
@@ -189,6 +195,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--ids")
     parser.add_argument("--text")
     return parser.parse_args()

@@ -23,6 +23,7 @@ class Tinyvllm(Peer):
             enable_prefix_caching=False,  # a prompt that comes again is computed again
             quiet=True,
             defer_tokenizer=not settings.tokenizer,
+            **settings.options,
         )
 
     def run(self, work: Work) -> Outcome:

@@ -16,6 +16,7 @@
 #include "base/host.h"
 #include "base/philox.h"
 #include "bindings/bindings.h"
+#include "engine/decode_sizes.h"
 #include "engine/make_runner.h"
 
 namespace py = pybind11;
@@ -459,6 +460,11 @@ void bind_engine(py::module_& module) {
   module.def("default_num_threads", &default_num_threads);
   module.def("available_memory", &available_memory,
              "Bytes that this process could still allocate.");
+  module.def("require_cuda_build", &require_cuda_build);
+  module.def("padded_batch_size", &padded_batch_size, "num_sequences"_a,
+             "Rows of a step of decodes on a GPU.");
+  module.def("most_decode_items", &most_decode_items, "max_num_seqs"_a, "num_kv_heads"_a,
+             "max_model_len"_a, "Splits of sequences that a step of decodes has there at most.");
 }
 
 }  // namespace tinyvllm

@@ -44,7 +44,7 @@ struct Library {
     void* handle = open_library(directories, tried);
     if (handle == nullptr) {
       throw DeviceError("device cuda: cuBLASLt is not there; tried " + tried + kLibrary +
-                        " where the system looks. Run pip install 'tinyvllm[cuda]'.");
+                        " where the system looks. Run pip install 'nvidia-cublas>=13,<14'.");
     }
     find(handle, create, "cublasLtCreate");
     find(handle, destroy, "cublasLtDestroy");
@@ -66,7 +66,7 @@ struct Library {
     function = reinterpret_cast<F*>(dlsym(handle, name));
     if (function == nullptr) {
       throw DeviceError("device cuda: " + kLibrary + " has no function " + name +
-                        ". Run pip install --upgrade 'tinyvllm[cuda]'.");
+                        ". Run pip install --upgrade 'nvidia-cublas>=13,<14'.");
     }
   }
 

@@ -11,35 +11,17 @@ std::int64_t ceil_divide(std::int64_t n, std::int64_t by) { return (n + by - 1) 
 
 }  // namespace
 
-std::int64_t padded_batch_size(std::int64_t num_sequences) {
-  if (num_sequences <= 2) return num_sequences;
-  if (num_sequences <= 4) return 4;
-  const std::int64_t step = num_sequences <= 64 ? 8 : 16;
-  return ceil_divide(num_sequences, step) * step;
-}
-
 StepArrays::StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const StepLimits& limits)
     : limits_(limits),
       max_blocks_(ceil_divide(limits.max_model_len, limits.block_size)),
-      max_items_([&] {
-        std::int64_t most = 1;
-        for (std::int64_t n = 1; n <= padded_batch_size(limits.max_sequences); ++n) {
-          most = std::max(most, max_items(n));
-        }
-        return most;
-      }()),
+      max_items_(
+          most_decode_items(limits.max_sequences, limits.num_kv_heads, limits.max_model_len)),
       inputs_(ctx, copies, max_bytes(), "the arrays of a step"),
       tables_(static_cast<std::size_t>(padded_batch_size(limits.max_sequences) * max_blocks_) *
                   sizeof(std::int32_t),
               "the block tables") {
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx, tables_.data(), 0, tables_.size());
-}
-
-// How many splits so many decodes have at most: no context has shorter ones than the shortest.
-std::int64_t StepArrays::max_items(std::int64_t num_decodes) const {
-  return num_decodes *
-         ceil_divide(limits_.max_model_len, decode_split(num_decodes, limits_.num_kv_heads, 1));
 }
 
 // A step's arrays at their largest: what there is a row, a sequence, a split and a block of.
@@ -200,7 +182,8 @@ DeviceStep StepArrays::fill(std::size_t number, const StepPlan& plan) {
   const std::int32_t num_logits = write_logit_rows(plan, counts, arrays);
 
   const auto rows = static_cast<std::size_t>(counts.rows);
-  const std::int64_t most_items = max_items(std::max<std::int64_t>(1, counts.decodes));
+  const std::int64_t most_items = tinyvllm::max_decode_items(
+      std::max<std::int64_t>(1, counts.decodes), limits_.num_kv_heads, limits_.max_model_len);
   return {.batch = {.tokens = {arrays.tokens.device, rows},
                     .positions = {arrays.positions.device, rows},
                     .slots = {arrays.slots.device, rows},

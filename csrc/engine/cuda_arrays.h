@@ -14,14 +14,12 @@
 #include "cuda/memory.h"
 #include "cuda/step_inputs.h"
 #include "cuda/stream.h"
+#include "engine/decode_sizes.h"
 #include "engine/runner.h"
 #include "model/transformer.h"
 #include "ops/sample.h"
 
 namespace tinyvllm {
-
-// Batch sizes that have a graph: 1, 2, 4, then steps of 8 up to 64, then steps of 16.
-std::int64_t padded_batch_size(std::int64_t num_sequences);
 
 struct StepLimits {
   std::int64_t max_tokens, max_sequences;  // of a step, without padding
@@ -99,7 +97,6 @@ class StepArrays {
     std::int32_t row = 0, sequence = 0, item = 0, entry = 0, tile = 0;
   };
 
-  std::int64_t max_items(std::int64_t num_decodes) const;
   std::size_t max_bytes() const;
   Counts sort(const StepPlan& plan);
   Arrays lay_out(std::size_t number, const Counts& counts);

@@ -31,6 +31,14 @@ bool use_cuda(Device device) {
 
 }  // namespace
 
+void require_cuda_build() {
+#if !defined(TINYVLLM_HAS_CUDA)
+  throw DeviceError(
+      "device cuda: this build has no CUDA backend. Build it with `make cuda`, or use --device "
+      "cpu.");
+#endif
+}
+
 std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config,
                                     std::vector<std::int32_t> eos_token_ids) try {
   const DType compute = compute_dtype(config, checkpoint);
@@ -49,11 +57,7 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
     return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
   }
 #else
-  if (config.device == Device::kCuda) {
-    throw DeviceError(
-        "device cuda: this build has no CUDA backend. Build it with `make cuda`, or use --device "
-        "cpu.");
-  }
+  if (config.device == Device::kCuda) require_cuda_build();
 #endif
   return std::make_unique<CpuRunner>(checkpoint, compute, config.num_threads,
                                      config.max_num_batched_tokens, config.max_num_seqs,

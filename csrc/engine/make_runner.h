@@ -11,6 +11,9 @@
 
 namespace tinyvllm {
 
+// Throws DeviceError in a build that has no CUDA backend.
+void require_cuda_build();
+
 // The checkpoint must outlive the runner. eos_token_ids: see Sampler; all in the vocabulary. Throws
 // DeviceError where the device that the config names is missing, and what the runners' constructors
 // throw.

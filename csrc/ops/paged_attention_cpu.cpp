@@ -46,9 +46,9 @@ class PagedAttention {
         out_(out),
         kernel_(kernel),
         tile_tokens_(std::max<std::int64_t>(1, kRows / group_)) {
-    const std::int64_t rows = std::max(kRows, group_), heads = std::min(kHeads, kv_heads_);
+    const std::int64_t rows = std::max(kRows, group_);
     state_size_ = padded(AttentionState::size(rows, kv.shape.head_dim));
-    scratch_size_ = padded(attention_scratch_size(heads, rows, kv.shape.head_dim));
+    scratch_size_ = padded(attention_scratch_size(rows, kv.shape.head_dim));
   }
 
   void run(std::span<const BatchSequence> sequences) {

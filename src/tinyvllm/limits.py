@@ -49,8 +49,7 @@ def measure_cuda_limits(
 
     The sizes are those at which a large card is at its limit; the emulator takes smaller ones.
     """
-    if _core.cuda_build() == "none":
-        raise DeviceError("device cuda: this build has the CPU engine only. Use --device cpu.")
+    _core.require_cuda_build()
     ctx = _core.CudaContext()
     timer = _core.MatmulTimer(ctx, [("store", outputs, depth)], rows)
     read = statistics.median(timer.read_milliseconds(passes=10, repetitions=9)) / 1e3

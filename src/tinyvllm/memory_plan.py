@@ -213,31 +213,27 @@ def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:
 
 
 def _num_rows(limits: Limits) -> int:
-    """Sequences of the largest step; a GPU has graphs of some sizes only (next_batch_size)."""
-    count: int = limits.max_num_seqs
-    if limits.device == "cpu" or count <= 2:
-        return count
-    step = 4 if count <= 4 else 8 if count <= 64 else 16
-    return -(-count // step) * step
+    """Sequences of the largest step; a GPU has graphs of some sizes only."""
+    from tinyvllm import _core
+
+    if limits.device == "cpu":
+        return limits.max_num_seqs
+    return _core.padded_batch_size(limits.max_num_seqs)
 
 
 def _gpu_work_bytes(config: Mapping[str, Any], limits: Limits) -> int:
     """What CudaRunner has beside the buffers of Transformer: the block tables, a step's arrays, and
     the workspace, where the splits of long sequences or the candidates of the sampler lie."""
+    from tinyvllm import _core
+
     own: int = config["max_position_embeddings"]
     heads: int = config["num_heads"]
     head_dim: int = config["head_dim"]
-    kv_heads: int = config["num_kv_heads"]
     longest = min(own, limits.max_model_len or own)
     sequences = _num_rows(limits)
     rows = max(limits.max_num_batched_tokens, sequences)
-    items = max(n * -(-longest // _decode_split(n * kv_heads)) for n in range(1, sequences + 1))
+    items = _core.most_decode_items(limits.max_num_seqs, config["num_kv_heads"], longest)
     table = sequences * -(-longest // BLOCK_SIZE)
     step = rows * 32 + sequences * 80 + 4 * (2 * items + table)
     workspace = max(4 * items * heads * (head_dim + 2), sequences * (64 * 16 + 8))
     return 4 * table + step + workspace
-
-
-def _decode_split(shares: int) -> int:
-    """csrc/ops/paged_attention.h: the positions of one split, by sequences x KV heads."""
-    return 256 if shares < 32 else 512 if shares < 128 else 1024 if shares < 256 else 2048

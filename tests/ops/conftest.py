@@ -23,9 +23,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cpu_device" in metafunc.fixturenames:
         metafunc.parametrize("cpu_device", names, indirect=True)
     if "device" in metafunc.fixturenames:
+        threads: dict[str, list[int]] = {name: [1, 2, 4] for name in names}
         if has_cuda() and module not in CPU_ONLY:
-            names.append("cuda")
-        metafunc.parametrize("device", names, indirect=True)
+            threads["cuda"] = [1]  # which has no use for them
+        if "other_device" in metafunc.fixturenames:
+            both = [(name, number) for name, numbers in threads.items() for number in numbers]
+            metafunc.parametrize(("device", "other_device"), both, indirect=True)
+        else:
+            metafunc.parametrize("device", threads, indirect=True)
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(2024)
 
 
-@pytest.fixture(params=[1, 2, 4])
+@pytest.fixture
 def other_device(request: pytest.FixtureRequest, device: Device) -> Device:
     """The same kernels as `device` on another number of threads, or another context on CUDA."""
     return cuda(1) if is_cuda(device) else cpu(device.isa, request.param)

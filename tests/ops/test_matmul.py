@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from devices import is_cuda
 from numeric import (
     Array,
     Guarded,
@@ -99,7 +100,8 @@ def test_a_row_gives_the_same_bits_in_every_batch(
     x = random(rng, (70, depth), x_dtype)
     w = random(rng, (29, depth), w_dtype)
     alone = np.concatenate([multiply(device, x[m : m + 1], w) for m in range(70)])
-    for size in range(1, 71):
+    # The CPU's tiles differ from size to size; test_matmul_cuda.py has the kernels of CUDA.
+    for size in (1, 2, 9, 33, 70) if is_cuda(device) else range(1, 71):
         assert same_bits(multiply(device, x[:size], w), alone[:size]), f"a batch of {size}"
         assert same_bits(multiply(device, x[70 - size :], w), alone[70 - size :])
 

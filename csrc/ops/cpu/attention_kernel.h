@@ -51,19 +51,9 @@ struct Products {
     for (int v = 0; v < kTileVectors; ++v) store(row + v * kLanes, weights[v]);
     return totals + sum;
   }
-  // The panel of the values [kTile][columns], at the positions first..last; that of j lies at
-  // values + offsets[j].
-  TINYVLLM_INLINE static void pack_values(const Kv* values, const std::int64_t* offsets,
-                                          std::int64_t first, std::int64_t last, std::int64_t dim,
-                                          std::int64_t columns, float* panel) {
-    for (std::int64_t j = first; j <= last; ++j) {
-      const Kv* row = values + offsets[j];
-      for (std::int64_t c = 0; c < dim; c += kLanes) {
-        store(panel + j * columns + c,
-              c + kLanes <= dim ? load_row(row + c) : load_row(row + c, dim - c));
-      }
-    }
-  }
+  // What a step of the second product reads: the values of kPair successive positions, of which
+  // rows[i] is load_row's of the i-th, side by side.
+  TINYVLLM_INLINE static void interleave(Float (&)[kPair]) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -109,33 +99,15 @@ struct Products<BFloat16> {
     }
     return totals;
   }
-  // [kTile / 2][columns][2]: the values of two successive positions side by side.
-  TINYVLLM_INLINE static void pack_values(const BFloat16* values, const std::int64_t* offsets,
-                                          std::int64_t first, std::int64_t last, std::int64_t dim,
-                                          std::int64_t columns, BFloat16* panel) {
-    alignas(64) std::uint16_t order[2][32];
-    for (std::uint16_t i = 0; i < 16; ++i) {
-      for (std::uint16_t half = 0; half < 2; ++half) {
-        order[half][2 * i] = static_cast<std::uint16_t>(16 * half + i);
-        order[half][2 * i + 1] = static_cast<std::uint16_t>(32 + 16 * half + i);
-      }
-    }
-    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-    const auto at = [&](std::int64_t j, std::int64_t c) {
-      if (j < first || j > last) return _mm512_setzero_si512();
-      const BFloat16* p = values + offsets[j] + c;
-      return _mm512_castps_si512(dim - c < kLoad ? load_row(p, dim - c) : load_row(p));
-    };
-    for (std::int64_t j = first / 2 * 2; j <= last; j += 2) {
-      BFloat16* out = panel + j * columns;
-      for (std::int64_t c = 0; c < dim; c += kLoad) {
-        const __m512i left = at(j, c), right = at(j + 1, c);
-        _mm512_store_si512(out + 2 * c, _mm512_permutex2var_epi16(left, low, right));
-        if (c + 16 < columns) {
-          _mm512_store_si512(out + 2 * c + 32, _mm512_permutex2var_epi16(left, high, right));
-        }
-      }
-    }
+  TINYVLLM_INLINE static void interleave(Float (&rows)[kPair]) {
+    alignas(64) static constexpr std::uint16_t kLow[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i left = _mm512_castps_si512(rows[0]), right = _mm512_castps_si512(rows[1]);
+    rows[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(left, low, right));
+    rows[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(left, high, right));
   }
 };
 #endif
@@ -231,8 +203,7 @@ class Attention {
       memory += size;
       return taken;
     };
-    keys_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
-    values_ = reinterpret_cast<Element*>(take(share.num_heads * kTile * columns_));
+    panel_ = reinterpret_cast<Element*>(take(kTile * columns_));
     edge_ = reinterpret_cast<Element*>(take(columns_));
     query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
     scores_ = take(rows_ * kTile);
@@ -286,19 +257,40 @@ class Attention {
     return {oldest > 0 ? oldest : 0, position < kTile - 1 ? position : kTile - 1};
   }
 
+  // Head by head, first the keys and then the values, through a panel that stays in the L1 cache.
+  // Memory gives twice as much in the order in which it lies, all heads of some slots together: so
+  // the tile's values are prefetched while its keys are multiplied, and with the values the next
+  // tile's keys.
   void attend_tile(std::int64_t tile) {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
-    pack(tile, any);
+    std::int64_t* offsets = offsets_[tile / kTile % 2];
+    if (located_ != tile) locate(tile, any, offsets);
+    Ahead values_ahead{share_.values, offsets, any, 0};
     const std::int64_t column = any.first / kLanes * kLanes;
-    const Range common = common_steps({newest.first, oldest.last});
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       const std::int64_t row = head * head_rows_;
-      product<P, true>(query_ + row * columns_, columns_,
-                       keys_ + (head * columns_ * kTile) + column * P::kPair, kTile * P::kPair,
-                       steps(), scores_ + row * kTile + column, kTile, head_rows_,
+      pack(any, values_ahead, [&]<bool kWhole>(std::int64_t j) {
+        pack_keys<kWhole>(share_.keys + head * head_stride(), offsets, j, any);
+      });
+      product<P, true>(query_ + row * columns_, columns_, panel_ + column * P::kPair,
+                       kTile * P::kPair, steps(), scores_ + row * kTile + column, kTile, head_rows_,
                        any.last / kLanes + 1 - column / kLanes);
+    }
+    const std::int64_t next_tile = tile + kTile;
+    Range next = {seen(0, next_tile).first, seen(share_.num_tokens - 1, next_tile).last};
+    if (next_tile == share_.split + kAttentionSplit) next = {0, -1};
+    std::int64_t* next_offsets = offsets_[next_tile / kTile % 2];
+    if (!next.empty()) locate(next_tile, next, next_offsets);
+    located_ = next_tile;
+    Ahead keys_ahead{share_.keys, next_offsets, next, 0};
+    const Range common = common_steps({newest.first, oldest.last});
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      pack(any, keys_ahead, [&]<bool kWhole>(std::int64_t j) {
+        pack_values<kWhole>(share_.values + head * head_stride(), offsets, j, any);
+      });
+      const std::int64_t row = head * head_rows_;
       const auto for_each_token = [&](auto&& f) {
         for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
           const Range range = seen(token, tile);
@@ -309,16 +301,15 @@ class Attention {
         for (std::int64_t i = 0; i < share_.group; ++i) weigh(r + i, range);
       });
       // In ascending order: what only some see, what all see, what only some see.
-      const Element* values = values_ + head * kTile * columns_;
       if (any.first < common.first) {
         for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)}, values);
+          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)});
         });
       }
-      add_values(row, head_rows_, common, values);
+      add_values(row, head_rows_, common);
       if (any.last > common.last) {
         for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last}, values);
+          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last});
         });
       }
     }
@@ -338,30 +329,50 @@ class Attention {
   // Steps of k in a product with the keys.
   std::int64_t steps() const { return (share_.head_dim + P::kPair - 1) / P::kPair; }
 
-  // Turns the keys and values of a tile into panels. It goes through them in the order in which
-  // they lie in memory, all heads of some slots together: memory gives half as much otherwise.
-  void pack(std::int64_t tile, Range range) {
-    std::int64_t offsets[kTile];  // of the first head's
-    locate(tile, range, offsets);
-    const std::int64_t head_stride = share_.block_size * share_.head_dim;
-    for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        pack_keys(share_.keys + head * head_stride, offsets, j, range,
-                  keys_ + head * kTile * columns_);
-      }
+  std::int64_t head_stride() const { return share_.block_size * share_.head_dim; }
+
+  // Keys or values that are needed next, in the order in which they lie: all heads of some slots.
+  struct Ahead {
+    const Kv* first;              // of the first head
+    const std::int64_t* offsets;  // from there to each position's
+    Range range;
+    std::int64_t head;
+  };
+
+  // Prefetches those of one head at as many positions as fill a vector.
+  void prefetch(Ahead& ahead) const {
+    const Range range = ahead.range;
+    if (range.empty()) return;
+    const std::int64_t end = smaller(range.first / kLanes * kLanes + kLanes, range.last + 1);
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Kv));
+    const Kv* head = ahead.first + ahead.head * head_stride();
+    const std::int64_t dim = share_.head_dim;
+    for (std::int64_t j = range.first; j < end; ++j) {
+      const Kv* row = head + ahead.offsets[j];
+      for (std::int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c, 0, 2);
     }
+    if (++ahead.head < share_.num_heads) return;
+    ahead.head = 0;
+    ahead.range.first = end;
+  }
+
+  // Fills the panel with what part<whether all are in the range>(j) makes of one head's keys or
+  // values at the positions from j on that fill one vector.
+  template <typename F>
+  void pack(Range range, Ahead& ahead, F&& part) {
     for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
-      for (std::int64_t head = 0; head < share_.num_heads; ++head) {
-        P::pack_values(share_.values + head * head_stride, offsets,
-                       j > range.first ? j : range.first,
-                       j + kLanes - 1 < range.last ? j + kLanes - 1 : range.last, share_.head_dim,
-                       columns_, values_ + head * kTile * columns_);
+      prefetch(ahead);
+      const bool inside = j >= range.first && j + kLanes - 1 <= range.last;
+      if (inside && share_.head_dim % P::kLoad == 0) {
+        part.template operator()<true>(j);
+      } else {
+        part.template operator()<false>(j);
       }
     }
   }
 
   // Where the keys and values of the tile's positions lie.
-  void locate(std::int64_t tile, Range range, std::int64_t (&offsets)[kTile]) const {
+  void locate(std::int64_t tile, Range range, std::int64_t* offsets) const {
     const std::int64_t position = tile + range.first;
     const std::int32_t* block = share_.block_table + position / share_.block_size;
     std::int64_t slot = position % share_.block_size;
@@ -377,31 +388,83 @@ class Attention {
     }
   }
 
+  // kLoad columns from c on of a head's keys, at the positions from j on that fill one vector. part[i]
+  // becomes the i-th step of the first product. Positions outside the range count as 0.
+  template <bool kWhole>
+  TINYVLLM_INLINE void load_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j,
+                                 std::int64_t c, Range range, Float (&part)[kLanes]) const {
+    if constexpr (kWhole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
+    } else {
+      const std::int64_t left = share_.head_dim - c;
+      for (int i = 0; i < kLanes; ++i) {
+        part[i] = Float{};
+        if (j + i < range.first || j + i > range.last) continue;
+        const Kv* row = keys + offsets[j + i] + c;
+        part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
+      }
+    }
+    transpose(part);
+  }
+
+  // A step of the second product: kLoad columns from c on of a head's values, at the positions from j
+  // on. Positions outside the range count as 0.
+  template <bool kWhole>
+  TINYVLLM_INLINE void load_values(const Kv* values, const std::int64_t* offsets, std::int64_t j,
+                                   std::int64_t c, Range range, Float* columns) const {
+    Float rows[P::kPair];
+#pragma GCC unroll 2
+    for (int i = 0; i < P::kPair; ++i) {
+      if constexpr (kWhole) {
+        rows[i] = P::load_row(values + offsets[j + i] + c);
+      } else {
+        const std::int64_t left = share_.head_dim - c;
+        rows[i] = Float{};
+        if (j + i < range.first || j + i > range.last) continue;
+        const Kv* row = values + offsets[j + i] + c;
+        rows[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
+      }
+    }
+    P::interleave(rows);
+#pragma GCC unroll 2
+    for (int i = 0; i < P::kPair; ++i) columns[i] = rows[i];
+  }
+
   // The panel [head_dim / kPair][kTile][kPair] of one head's keys, at the positions from j on that
   // fill one vector.
-  void pack_keys(const Kv* keys, const std::int64_t (&offsets)[kTile], std::int64_t j, Range range,
-                 Element* panel) const {
-    const bool whole = j >= range.first && j + kLanes - 1 <= range.last;
+  template <bool kWhole>
+  void pack_keys(const Kv* keys, const std::int64_t* offsets, std::int64_t j, Range range) {
     for (std::int64_t c = 0; c < share_.head_dim; c += P::kLoad) {
-      const std::int64_t left = share_.head_dim - c;
       Float part[kLanes];
-      if (whole && left >= P::kLoad) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) part[i] = P::load_row(keys + offsets[j + i] + c);
-      } else {
-        for (int i = 0; i < kLanes; ++i) {
-          part[i] = Float{};
-          if (j + i < range.first || j + i > range.last) continue;
-          const Kv* row = keys + offsets[j + i] + c;
-          part[i] = left < P::kLoad ? P::load_row(row, left) : P::load_row(row);
-        }
-      }
-      transpose(part);
-      Element* out = panel + (c / P::kPair * kTile + j) * P::kPair;
+      load_keys<kWhole>(keys, offsets, j, c, range, part);
+      Element* out = panel_ + (c / P::kPair * kTile + j) * P::kPair;
       const std::int64_t count = steps() - c / P::kPair;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         if (i < count) __builtin_memcpy(out + i * kTile * P::kPair, &part[i], sizeof(Float));
+      }
+    }
+  }
+
+  // The panel [kTile / kPair][columns][kPair] of one head's values, likewise.
+  template <bool kWhole>
+  void pack_values(const Kv* values, const std::int64_t* offsets, std::int64_t j, Range range) {
+    const std::int64_t first = larger(j, range.first) / P::kPair * P::kPair;
+    const std::int64_t last = smaller(j + kLanes - 1, range.last);
+    const std::int64_t dim = share_.head_dim, columns = columns_;
+    Element* panel = panel_;
+    for (std::int64_t k = first; k <= last; k += P::kPair) {
+      for (std::int64_t c = 0; c < dim; c += P::kLoad) {
+        Float part[P::kPair];
+        load_values<kWhole>(values, offsets, k, c, range, part);
+#pragma GCC unroll 2
+        for (int i = 0; i < P::kPair; ++i) {
+          const std::int64_t column = c + i * kLanes;
+          if (kWhole || column < columns) {
+            __builtin_memcpy(panel + k * columns + column * P::kPair, &part[i], sizeof(Float));
+          }
+        }
       }
     }
   }
@@ -448,7 +511,7 @@ class Attention {
   }
 
   // sums[r] += weights[r] values, over the range only.
-  void add_values(std::int64_t r, std::int64_t rows, Range range, const Element* values) {
+  void add_values(std::int64_t r, std::int64_t rows, Range range) {
     if (range.empty()) return;
     // Weights lie at the start of a row of scores, in the size of their type.
     const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
@@ -468,7 +531,7 @@ class Attention {
         const UInt right = UInt{} + (2 * edge + 1 <= range.last ? 0xffff0000u : 0u);
         for (std::int64_t i = 0; i < columns_; i += kLanes) {
           UInt pairs;
-          __builtin_memcpy(&pairs, values + (edge * columns_ + i) * 2, sizeof(pairs));
+          __builtin_memcpy(&pairs, panel_ + (edge * columns_ + i) * 2, sizeof(pairs));
           pairs &= left | right;
           __builtin_memcpy(edge_ + 2 * i, &pairs, sizeof(pairs));
         }
@@ -478,22 +541,26 @@ class Attention {
       const bool last_is_cut = range.last % 2 == 0 && !(first_is_cut && step == last);
       if (first_is_cut) add_edge(step++);
       if (last_is_cut) --last;
-      if (step <= last) add(step, last - step + 1, values + step * columns_ * 2);
+      if (step <= last) add(step, last - step + 1, panel_ + step * columns_ * 2);
       if (last_is_cut) add_edge(last + 1);
     } else {
-      add(step, last - step + 1, values + step * columns_);
+      add(step, last - step + 1, panel_ + step * columns_);
     }
   }
 
   const AttentionShare<Kv>& share_;
   const std::int64_t columns_, head_rows_, rows_;
-  const float exponent_;     // turns a difference of scores into a power of 2
-  const float room_;         // the difference of scores that makes kRoom of it
-  Element *keys_, *values_;  // a panel for each head
-  Element* edge_;            // one step of a panel of values
-  Element* query_;           // [rows, columns]
-  float* scores_;            // [rows, kTile], then the weights
-  float* totals_;            // [rows, kLanes]: lane by lane
+  const float exponent_;  // turns a difference of scores into a power of 2
+  const float room_;      // the difference of scores that makes kRoom of it
+  Element* panel_;        // of one head's keys, or of its values
+  Element* edge_;         // one step of a panel of values
+  Element* query_;        // [rows, columns]
+  float* scores_;         // [rows, kTile], then the weights
+  float* totals_;         // [rows, kLanes]: lane by lane
+  // Where the positions of a tile and of the one before it or behind it lie, and of which one that
+  // is behind it.
+  std::int64_t offsets_[2][kTile];
+  std::int64_t located_ = -1;
 };
 
 template <typename Kv>

@@ -77,10 +77,9 @@ struct AttentionShare {
   AttentionState out;
 };
 
-constexpr std::int64_t attention_scratch_size(std::int64_t num_heads, std::int64_t rows,
-                                              std::int64_t head_dim) {
+constexpr std::int64_t attention_scratch_size(std::int64_t rows, std::int64_t head_dim) {
   const std::int64_t columns = attention_columns(head_dim);
-  return (2 * num_heads * kAttentionTile + 1 + rows) * columns + rows * (kAttentionTile + 16);
+  return (kAttentionTile + 1 + rows) * columns + rows * (kAttentionTile + 16);
 }
 
 struct Kernels {

@@ -256,12 +256,10 @@ def _cuda_engine() -> Section:
     from tinyvllm import _core
 
     core: Any = _core
-    build = core.cuda_build()
-    if build == "none":
-        return {"engine": "this build has the CPU engine only"}
-    if build == "emulated":
+    if core.cuda_build() == "emulated":
         return {"engine": "this build emulates a GPU on the CPU, for tests"}
     try:
+        core.require_cuda_build()
         context = core.CudaContext()
     except Exception as error:
         return {"engine": f"not usable: {error}"}

@@ -249,12 +249,13 @@ def _room(options: dict[str, Any], program: int) -> _Room:
         return _Room(
             "cuda", memory, "--memory", GPU_PROGRAM, "the driver and its context, as assumed here"
         )
-    if _core.cuda_build() == "none":
+    try:
+        _core.require_cuda_build()
+        free, total = _core.cuda_memory()
+    except DeviceError as error:
         raise DeviceError(
-            "device cuda: this build has no CUDA backend. Build it with `make cuda`, or say how "
-            "much memory the GPU has: --device cuda --memory 80G."
-        )
-    free, total = _core.cuda_memory()
+            f"{error} For a GPU that is elsewhere, say how much memory it has: --memory 80G."
+        ) from None
     return _Room(
         "cuda", total, "this GPU", total - free, "the driver, its context and other programs"
     )
