@@ -47,7 +47,9 @@ def some_requests(seed: int, vocab: int, count: int = NUM_REQUESTS) -> Requests:
     return requests
 
 
-def run_alone(model: Path, requests: Requests, dtype: str = "auto") -> list[Any]:
+def run_alone(
+    model: Path, requests: Requests, dtype: str = "auto", *, repack_weights: bool = False
+) -> list[Any]:
     """The result of each request when nothing else has ever been there but its own blocks."""
     driver = Driver(
         model,
@@ -56,6 +58,7 @@ def run_alone(model: Path, requests: Requests, dtype: str = "auto") -> list[Any]
         block_size=16,
         max_num_seqs=4,
         max_num_batched_tokens=512,
+        repack_weights=repack_weights,
     )
     return [driver.run_alone(prompt, **options).result() for prompt, options in requests]
 
@@ -164,43 +167,28 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+@pytest.mark.parametrize("repack_weights", [False, True])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "mistral-window"])
-def test_it_holds_on_every_instruction_set_and_family(tmp_path: Path, isa: str, name: str) -> None:
+def test_it_holds_on_every_instruction_set_and_family(
+    tmp_path: Path, isa: str, name: str, repack_weights: bool
+) -> None:
     family = FAMILIES[name]
     path = family.write(tmp_path)
     vocab = family.config["vocab_size"]
     assert isinstance(vocab, int)
     requests = some_requests(2, vocab, count=24)
-    want = run_alone(path, requests)
+    want = run_alone(path, requests, repack_weights=repack_weights)
     for budget, blocks, threads in [(9, 40, 1), (300, 60, 2)]:
         got, stats = run_together(
-            path, requests, max_num_batched_tokens=budget, num_blocks=blocks, num_threads=threads
-        )
-        assert_same(got, want)
-        assert stats["prefix_cache_hits"] > 0
-
-
-@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
-def test_it_holds_with_repacked_weights(tmp_path: Path, isa: str, name: str) -> None:
-    family = FAMILIES[name]
-    path = family.write(tmp_path)
-    vocab = family.config["vocab_size"]
-    assert isinstance(vocab, int)
-    requests = some_requests(4, vocab, count=24)
-    alone: list[Any] = []
-    for prompt, options in requests:
-        driver = Driver(path, prefix_caching=False, max_num_seqs=4, repack_weights=True)
-        alone.append(driver.run_alone(prompt, **options).result())
-    for budget, blocks, threads in [(9, 40, 1), (300, 60, 2)]:
-        got, _ = run_together(
             path,
             requests,
             max_num_batched_tokens=budget,
             num_blocks=blocks,
             num_threads=threads,
-            repack_weights=True,
+            repack_weights=repack_weights,
         )
-        assert_same(got, alone)
+        assert_same(got, want)
+        assert stats["prefix_cache_hits"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -35,7 +35,7 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return bytes_; }
   const std::filesystem::path& path() const { return path_; }
 
-  // Takes whole pages inside `range` out of this process's memory; they are read again when touched.
+  // Takes the whole pages in `range` out of this process's memory; they are read again when touched.
   void release_pages(std::span<const std::byte> range) const noexcept;
 
   // True once a page of the file could not be read: what was computed from it is worthless. One

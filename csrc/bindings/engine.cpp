@@ -465,6 +465,7 @@ void bind_engine(py::module_& module) {
   module.def("available_memory", &available_memory,
              "Bytes that this process could still allocate.");
   module.def("require_cuda_build", &require_cuda_build);
+  module.def("refuse_repacked_weights", &refuse_repacked_weights);
   module.def("padded_batch_size", &padded_batch_size, "num_sequences"_a,
              "Rows of a step of decodes on a GPU.");
   module.def("most_decode_items", &most_decode_items, "max_num_seqs"_a, "num_kv_heads"_a,

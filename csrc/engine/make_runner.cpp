@@ -39,17 +39,18 @@ void require_cuda_build() {
 #endif
 }
 
+void refuse_repacked_weights() {
+  throw InvalidRequestError(
+      "repack_weights is for the CPU; a GPU has a copy of its own. Leave it out, or take device "
+      "cpu.");
+}
+
 std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config,
                                     std::vector<std::int32_t> eos_token_ids) try {
   const DType compute = compute_dtype(config, checkpoint);
 #if defined(TINYVLLM_HAS_CUDA)
   if (use_cuda(config.device)) {
-    if (config.repack_weights) {
-      throw InvalidRequestError(
-          "repack_weights is for the CPU; a GPU has a copy of its own. Leave it out, or take "
-          "device "
-          "cpu.");
-    }
+    if (config.repack_weights) refuse_repacked_weights();
     const CudaOptions options{
         .compute = compute,
         .max_tokens = config.max_num_batched_tokens,

@@ -14,6 +14,9 @@ namespace tinyvllm {
 // Throws DeviceError in a build that has no CUDA backend.
 void require_cuda_build();
 
+// Throws InvalidRequestError: repack_weights was asked for on a GPU, where it means nothing.
+[[noreturn]] void refuse_repacked_weights();
+
 // The checkpoint must outlive the runner. eos_token_ids: see Sampler; all in the vocabulary. Throws
 // DeviceError where the device that the config names is missing, and what the runners' constructors
 // throw.

@@ -5,9 +5,9 @@
 //
 //   panels  [ceil(rows / 32), ceil(depth / pair), 32, pair]    pair = 2 for bfloat16, 1 for float32
 //
-// A lane of a vector is then an output of its own: a row of x is broadcast to all lanes, a tile of
-// the product needs half the loads, there is nothing to add up at its end, and the weights are one
-// stream of memory. (OpenBLAS, oneDNN and llama.cpp's CPU_REPACK do the same; pairs are what
+// A lane of a vector is then an output of its own: an element of x is broadcast to all lanes, so that
+// a tile reads about a quarter of the bytes, there is nothing to add up at its end, and the weights
+// are one stream of memory. (OpenBLAS, oneDNN and llama.cpp's CPU_REPACK do the same; pairs are what
 // vdpbf16ps multiplies.) The price is a second copy of the weights in memory of this process alone,
 // and the time to write it. Zeros fill up the last panel and the last pair.
 #pragma once

@@ -192,14 +192,16 @@ def _weight_bytes(tensors: list[TensorHeader], limits: Limits) -> tuple[int, int
         is_embedding = tensor.name == "model.embed_tokens.weight"  # whose rows are read, too
         in_place = is_matrix and (stored == dtype or (stored, dtype) == ("bfloat16", "float32"))
         size = _SIZES[stored if in_place and stored else dtype] if is_matrix else 4
-        if limits.repack_weights and is_matrix and (tied or not is_embedding):
+        repacked = limits.repack_weights and is_matrix
+        if repacked and (tied or not is_embedding):
             copied += _panel_bytes(tensor, size)
-        if in_place and (is_embedding or not limits.repack_weights):
+        keeps_rows = is_embedding or not repacked
+        if in_place and keeps_rows:
             mapped += tensor.num_bytes
-        else:
-            passed += tensor.num_bytes
-            if is_embedding or not (is_matrix and limits.repack_weights):
-                copied += tensor.num_elements * size
+            continue
+        passed += tensor.num_bytes
+        if keeps_rows:
+            copied += tensor.num_elements * size
     return mapped, copied, passed
 
 

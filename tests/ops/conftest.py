@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from devices import Device, cpu, cuda, has_cuda, is_cuda
 from tinyvllm import _core
 
 # Ops that run on the CPU only, and on CUDA only.
-CPU_ONLY = {"test_matmul_panels", "test_paged_attention"}
+CPU_ONLY = {"test_paged_attention"}
 CUDA_ONLY = {"test_matmul_cuda", "test_paged_attention_cuda", "test_sample_cuda"}
 
 
@@ -23,20 +25,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cpu_device" in metafunc.fixturenames:
         metafunc.parametrize("cpu_device", names, indirect=True)
     if "device" in metafunc.fixturenames:
-        threads: dict[str, list[int]] = {name: [1, 2, 4] for name in names}
-        if has_cuda() and module not in CPU_ONLY:
-            threads["cuda"] = [1]  # which has no use for them
-        if "other_device" in metafunc.fixturenames:
-            both = [(name, number) for name, numbers in threads.items() for number in numbers]
-            metafunc.parametrize(("device", "other_device"), both, indirect=True)
-        else:
-            metafunc.parametrize("device", threads, indirect=True)
+        devices = [*names, *(["cuda"] if has_cuda() and module not in CPU_ONLY else [])]
+        choices = {  # CUDA has no use for threads, and no panels
+            "device": lambda name: [name],
+            "other_device": lambda name: [1] if name == "cuda" else [1, 2, 4],
+            "layout": lambda name: ["rows"] if name == "cuda" else ["rows", "panels"],
+        }
+        arguments = [name for name in choices if name in metafunc.fixturenames]
+        cases = [
+            case
+            for device in devices
+            for case in itertools.product(*(choices[name](device) for name in arguments))
+        ]
+        metafunc.parametrize(arguments, cases, indirect=True)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Device:
     """A context: two threads on the CPU, or CUDA."""
     return cuda() if request.param == "cuda" else cpu(request.param, 2)
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest) -> str:
+    """How the weights of a product lie: csrc/ops/matmul.h."""
+    return str(request.param)
 
 
 @pytest.fixture

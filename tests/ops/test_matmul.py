@@ -1,4 +1,7 @@
-"""matmul: y = x W^T + b against float64, and the order of its sums bit for bit (DESIGN 4.2)."""
+"""matmul: y = x W^T + b against float64, and the order of its sums bit for bit (DESIGN 4.2).
+
+Weights lie in rows and, on the CPU, in panels (csrc/ops/repack.h).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Arra
     return cast(rng.standard_normal(shape), dtype)
 
 
-def multiply(device: Any, x: Array, *blocks: Array) -> Array:
-    return np.asarray(ops.matmul(device, x, list(blocks)))
+def multiply(device: Any, layout: str, x: Array, *blocks: Array) -> Array:
+    return np.asarray(ops.matmul(device, x, list(blocks), layout=layout))
 
 
 @pairs
@@ -47,10 +50,12 @@ def multiply(device: Any, x: Array, *blocks: Array) -> Array:
         (7, 29, 577),
         (33, 7, 8200),  # more rows than a block of x in the cache has
         (33, 193, 31),
+        (300, 33, 1100),
     ],
 )
 def test_matmul_matches_float64(
     device: Any,
+    layout: str,
     rng: np.random.Generator,
     x_dtype: str,
     w_dtype: str,
@@ -61,23 +66,26 @@ def test_matmul_matches_float64(
     x = random(rng, (tokens, depth), x_dtype)
     w = random(rng, (outputs, depth), w_dtype)
     want = widen(x) @ widen(w).T
-    # A sum of float32 products is off by a share of the sum of their sizes, whatever cancels.
+    # A sum of float32 products is off by a share of the sum of their sizes, whatever cancels. In
+    # panels there is one sum instead of many, so that it grows further.
     sizes = np.abs(widen(x)) @ np.abs(widen(w)).T
-    assert relative_error(multiply(device, x, w), want, sizes) < 5e-7
+    assert relative_error(multiply(device, layout, x, w), want, sizes) < (
+        5e-7 if layout == "rows" else 1e-6
+    )
 
 
 @pairs
 def test_small_integers_are_summed_exactly(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:
     x, w = rng.integers(-9, 10, (5, 333)), rng.integers(-9, 10, (31, 333))
-    got = multiply(device, cast(x, x_dtype), cast(w, w_dtype))
+    got = multiply(device, layout, cast(x, x_dtype), cast(w, w_dtype))
     np.testing.assert_array_equal(got, x @ w.T)
 
 
 @pairs
 def test_row_blocks_are_stacked_each_with_its_bias_or_none(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:
     x = rng.integers(-9, 10, (7, 50))
     blocks = [rng.integers(-9, 10, (rows, 50)) for rows in (100, 1, 33)]
@@ -87,6 +95,7 @@ def test_row_blocks_are_stacked_each_with_its_bias_or_none(
         cast(x, x_dtype),
         [cast(block, w_dtype) for block in blocks],
         [cast(first, "float32"), None, cast(last, "float32")],
+        layout=layout,
     )
     want = np.concatenate([x @ blocks[0].T + first, x @ blocks[1].T, x @ blocks[2].T + last], -1)
     np.testing.assert_array_equal(got, want)
@@ -95,35 +104,45 @@ def test_row_blocks_are_stacked_each_with_its_bias_or_none(
 @pairs
 @pytest.mark.parametrize("depth", [101, 1030])  # long rows are cut into other tiles
 def test_a_row_gives_the_same_bits_in_every_batch(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
+    device: Any,
+    layout: str,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    depth: int,
 ) -> None:
     x = random(rng, (70, depth), x_dtype)
-    w = random(rng, (29, depth), w_dtype)
-    alone = np.concatenate([multiply(device, x[m : m + 1], w) for m in range(70)])
+    w = random(rng, (45, depth), w_dtype)
+    alone = np.concatenate([multiply(device, layout, x[m : m + 1], w) for m in range(70)])
     # The CPU's tiles differ from size to size; test_matmul_cuda.py has the kernels of CUDA.
     for size in (1, 2, 9, 33, 70) if is_cuda(device) else range(1, 71):
-        assert same_bits(multiply(device, x[:size], w), alone[:size]), f"a batch of {size}"
-        assert same_bits(multiply(device, x[70 - size :], w), alone[70 - size :])
+        assert same_bits(multiply(device, layout, x[:size], w), alone[:size]), f"a batch of {size}"
+        assert same_bits(multiply(device, layout, x[70 - size :], w), alone[70 - size :])
 
 
 @pairs
 def test_an_output_gives_the_same_bits_whatever_is_stacked_around_it(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:
     x = random(rng, (5, 101), x_dtype)
     w = random(rng, (211, 101), w_dtype)
-    whole = multiply(device, x, w)
-    for cut in (1, 5, 96, 97, 210):
-        assert same_bits(multiply(device, x, w[:cut], w[cut:]), whole), f"cut at {cut}"
+    whole = multiply(device, layout, x, w)
+    for cut in (1, 5, 32, 96, 97, 210):
+        assert same_bits(multiply(device, layout, x, w[:cut], w[cut:]), whole), f"cut at {cut}"
 
 
 @pairs
 def test_the_number_of_threads_changes_no_bit(
-    device: Any, other_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any,
+    other_device: Any,
+    layout: str,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
 ) -> None:
     x = random(rng, (33, 203), x_dtype)
     w = random(rng, (700, 203), w_dtype)
-    assert same_bits(multiply(other_device, x, w), multiply(device, x, w))
+    assert same_bits(multiply(other_device, layout, x, w), multiply(device, layout, x, w))
 
 
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
@@ -162,43 +181,72 @@ def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
 
 
 @pairs
+@pytest.mark.parametrize("depth", [3, 64, 1101])
+def test_in_panels_an_output_is_a_lane_that_adds_up_ascending_k(
+    cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
+) -> None:
+    x = random(rng, (3, depth), x_dtype)
+    w = random(rng, (37, depth), w_dtype)
+    bias = cast(rng.standard_normal(37), "float32")
+    pair = 2 if w_dtype == "bfloat16" else 1  # of which the second one comes first
+    multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
+    padding = [(0, 0), (0, -depth % pair)]
+    wide_x = np.pad(widen(x), padding).astype(np.float32)
+    wide_w = np.pad(widen(w), padding).astype(np.float32)
+    sums = np.zeros((3, 37), dtype=np.float32)
+    for first in range(0, wide_x.shape[1], pair):
+        for k in reversed(range(first, first + pair)):
+            sums = multiply_add(wide_x[:, None, k], wide_w[None, :, k], sums)
+    got = ops.matmul(cpu_device, x, [w], [bias], layout="panels")
+    assert same_bits(got, sums + bias)
+
+
+@pairs
 @pytest.mark.parametrize("depth", [1, 31, 100])
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_outside_the_operands_is_read(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int, end: bool
+    device: Any,
+    layout: str,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    depth: int,
+    end: bool,
 ) -> None:
     x = random(rng, (7, depth), x_dtype)
     w = random(rng, (31, depth), w_dtype)
     bias = cast(rng.standard_normal(31), "float32")
     guarded_x, guarded_w, guarded_bias = (Guarded(array, end) for array in (x, w, bias))
-    got = ops.matmul(device, guarded_x.array, [guarded_w.array], [guarded_bias.array])
-    assert same_bits(got, ops.matmul(device, x, [w], [bias]))
+    got = ops.matmul(
+        device, guarded_x.array, [guarded_w.array], [guarded_bias.array], layout=layout
+    )
+    assert same_bits(got, ops.matmul(device, x, [w], [bias], layout=layout))
 
 
 @pairs
 def test_rows_may_lie_apart_and_be_aligned_to_their_element_only(
-    device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:
     x = random(rng, (7, 77), x_dtype)
     w = random(rng, (31, 77), w_dtype)
-    want = multiply(device, x, w)
-    assert same_bits(multiply(device, in_wider_rows(x), misaligned(w)), want)
-    assert same_bits(multiply(device, misaligned(x), w), want)
+    want = multiply(device, layout, x, w)
+    assert same_bits(multiply(device, layout, in_wider_rows(x), misaligned(w)), want)
+    assert same_bits(multiply(device, layout, misaligned(x), w), want)
 
 
 @pairs
 def test_a_nan_reaches_its_own_row_or_output_and_no_other(
-    device: Any, x_dtype: str, w_dtype: str
+    device: Any, layout: str, x_dtype: str, w_dtype: str
 ) -> None:
     x, w = np.ones((7, 33)), np.ones((31, 33))
     x[3, 32] = w[17, 32] = np.nan
-    got = multiply(device, cast(x, x_dtype), cast(w, w_dtype))
+    got = multiply(device, layout, cast(x, x_dtype), cast(w, w_dtype))
     want = np.full((7, 31), 33.0)
     want[3] = want[:, 17] = np.nan
     np.testing.assert_array_equal(got, want)
 
 
-def test_an_unsupported_pair_is_named(device: Any) -> None:
+def test_an_unsupported_pair_is_named(device: Any, layout: str) -> None:
     x, w = cast(np.ones((1, 4)), "bfloat16"), cast(np.ones((2, 4)), "float32")
     with pytest.raises(Exception, match="bfloat16 x float32 is not a supported pair"):
-        multiply(device, x, w)
+        multiply(device, layout, x, w)

@@ -72,6 +72,7 @@ def test_norm_swiglu_matches_float64(
 @sizes
 def test_matmul_add_adds_the_product_to_the_residual(
     device: Any,
+    layout: str,
     rng: np.random.Generator,
     dtype: str,
     w_dtype: str,
@@ -83,8 +84,8 @@ def test_matmul_add_adds_the_product_to_the_residual(
     weight = cast(rng.standard_normal((outputs, depth)), w_dtype)
     bias = cast(rng.standard_normal(outputs), "float32")
     residual = cast(rng.standard_normal((tokens, outputs)), "float32")
-    product = ops.matmul(device, x, [weight], [bias])
-    got = ops.matmul_add(device, x, [weight], residual, [bias])
+    product = ops.matmul(device, x, [weight], [bias], layout=layout)
+    got = ops.matmul_add(device, x, [weight], residual, [bias], layout=layout)
     assert same_bits(got, residual + product)
 
 

@@ -31,8 +31,8 @@ struct MatmulShare {
   std::int64_t num_rows, num_outputs, depth;
 };
 
-// The outputs that lie side by side in a panel, and the elements of k that a panel has: whole lanes
-// of 32 bits. `depth * n` elements before an output n that begins a panel lie the panels before it.
+// The outputs that lie side by side in a panel, and the elements of k that it has of each: those of
+// whole lanes of 32 bits. The panel that begins with output n begins at element n * panel_depth.
 inline constexpr std::int64_t kPanelOutputs = 32;
 constexpr std::int64_t panel_depth(DType dtype, std::int64_t depth) {
   const std::int64_t pair = 4 / static_cast<std::int64_t>(size_of(dtype));

@@ -8,6 +8,8 @@
 // (docs/performance-cpu.md has the numbers).
 #pragma once
 
+#include <cstddef>
+
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/simd.h"
 
@@ -109,7 +111,7 @@ TINYVLLM_INLINE void add_line(Float (&sums)[kRows][kColumnVectors],
   }
 }
 
-// The first `count` outputs of a column, at most all of it.
+// Writes one row's sums to the outputs of a column: all of them, or what the share has left.
 template <typename X, typename W>
 TINYVLLM_INLINE void store_column(const MatmulShare<X, W>& share, std::int64_t m, std::int64_t n,
                                   const Float (&sums)[kColumnVectors]) {

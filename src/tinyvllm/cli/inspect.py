@@ -143,9 +143,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         )
     room = _room(options, program)
     if options["repack_weights"] and room.device == "cuda":
-        raise InvalidRequestError(
-            "repack_weights is for the CPU; leave it out, or take device cpu."
-        )
+        _core.refuse_repacked_weights()
     limits = Limits(
         dtype=compute_dtype(options["dtype"], dtype),
         device=room.device,
