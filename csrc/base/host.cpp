@@ -1,7 +1,11 @@
 #include "base/host.h"
 
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -99,6 +103,20 @@ int physical_cores() {
 
 }  // namespace
 
+#if defined(__x86_64__)
+// Whether the CPU has AMX for bfloat16 and the system lets this process use its tile registers, which
+// it has to ask for: their 8 KiB make its threads' saved state larger.
+bool may_use_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> isas;
 #if defined(__x86_64__)
@@ -107,7 +125,10 @@ std::vector<std::string> supported_isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.emplace_back("avx512bf16");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool amx = avx512bf16 && may_use_amx();
+  if (amx) isas.emplace_back("amx");
+  if (avx512bf16) isas.emplace_back("avx512bf16");
   if (avx512) isas.emplace_back("avx512");
   if (avx2) isas.emplace_back("avx2");
 #endif

@@ -24,12 +24,15 @@ extern const Kernels kKernels;
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
 #endif
 
 const Kernels& kernels_for(const char* isa) {
   static constexpr const Kernels* kTables[] = {
 #ifdef TINYVLLM_HAS_AVX512BF16
-      &avx512bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
+      &amx::kKernels, &avx512bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
 #endif
       &portable::kKernels};
   const std::vector<std::string> supported = supported_isas();

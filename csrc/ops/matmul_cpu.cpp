@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "base/errors.h"
 #include "ops/matmul.h"
@@ -26,44 +27,76 @@ Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs, std::int64_
   return {(rows + outputs - 1) / outputs, outputs};
 }
 
+// A set of kernels for one pair of dtypes and one layout of weights.
 template <typename X, typename W>
-using Kernel = void (*)(const MatmulShare<X, W>&);
+struct Product {
+  void (*multiply)(const MatmulShare<X, W>&);
+  void (*pack)(const PackShare&) = nullptr;
+};
+
+// What the shares of a product read and work in: x as they want it, and memory of each thread's own.
+template <typename X>
+struct Operand {
+  const X* x;
+  float* scratch;
+
+  float* of(int worker) const { return scratch == nullptr ? nullptr : scratch + worker * kMatmulScratch; }
+};
+
+Operand<BFloat16> pack(const CpuContext& ctx, TensorView x, void (*pack_piece)(const PackShare&)) {
+  const auto scratch = static_cast<std::size_t>(ctx.num_threads() * kMatmulScratch) * sizeof(float);
+  const std::int64_t elements = packed_elements(x.rows, x.cols);
+  std::byte* memory = ctx.scratch(scratch + static_cast<std::size_t>(elements) * sizeof(BFloat16));
+  auto* packed = reinterpret_cast<BFloat16*>(memory + scratch);
+  ctx.parallel_for(packed_pieces(x.rows, x.cols), [&](std::int64_t piece, int) {
+    pack_piece({x.row<BFloat16>(0), x.row_stride, x.rows, x.cols, piece, packed});
+  });
+  return {packed, reinterpret_cast<float*>(memory)};
+}
 
 template <typename X, typename W>
 void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                     bool accumulate, Kernel<X, W> rows_kernel, Kernel<X, W> panels_kernel) {
+                     bool accumulate, Product<X, W> product) {
   const bool panels = weight.layout == WeightLayout::kPanels;
-  const Kernel<X, W> kernel = panels ? panels_kernel : rows_kernel;
-  const std::int64_t multiple = panels ? kPanelOutputs : kTileOutputs;
+  const std::int64_t multiple = panels || product.pack ? kPanelOutputs : kTileOutputs;
   const std::int64_t depth = panels ? panel_depth(weight.dtype, weight.depth) : weight.depth;
   const std::int64_t by_bytes = kStripBytes / (depth * static_cast<std::int64_t>(sizeof(W)) + 1);
   const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
-  const std::int64_t most_outputs = std::max(multiple, std::min(by_bytes, by_threads));
+  std::int64_t most_outputs = std::max(multiple, std::min(by_bytes, by_threads));
+  Operand<X> operand = {x.row<X>(0), nullptr};
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    if (product.pack) {
+      operand = pack(ctx, x, product.pack);
+      most_outputs = std::min(x.rows > 64 ? by_threads : most_outputs, kMostPackedOutputs);
+      most_outputs = std::max(multiple, most_outputs);
+    }
+  }
   std::array<Strips, 3> strips;
   for (std::size_t i = 0; i < strips.size(); ++i) {
     strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);
   }
-  ctx.parallel_for(strips[0].count + strips[1].count + strips[2].count,
-                   [&](std::int64_t strip, int) {
-                     std::int64_t first_output = 0;
-                     std::size_t i = 0;
-                     for (; strip >= strips[i].count; ++i) {
-                       strip -= strips[i].count;
-                       first_output += weight.blocks[i].rows;
-                     }
-                     const RowBlock& block = weight.blocks[i];
-                     const std::int64_t n = strip * strips[i].outputs;
-                     kernel({.x = x.row<X>(0),
-                             .x_stride = x.row_stride,
-                             .weight = static_cast<const W*>(block.data) + n * depth,
-                             .bias = block.bias == nullptr ? nullptr : block.bias + n,
-                             .out = out.row<float>(0) + first_output + n,
-                             .out_stride = out.row_stride,
-                             .accumulate = accumulate,
-                             .num_rows = x.rows,
-                             .num_outputs = std::min(strips[i].outputs, block.rows - n),
-                             .depth = weight.depth});
-                   });
+  ctx.parallel_for(
+      strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
+        std::int64_t first_output = 0;
+        std::size_t i = 0;
+        for (; strip >= strips[i].count; ++i) {
+          strip -= strips[i].count;
+          first_output += weight.blocks[i].rows;
+        }
+        const RowBlock& block = weight.blocks[i];
+        const std::int64_t n = strip * strips[i].outputs;
+        product.multiply({.x = operand.x,
+                          .x_stride = x.row_stride,
+                          .weight = static_cast<const W*>(block.data) + n * depth,
+                          .bias = block.bias == nullptr ? nullptr : block.bias + n,
+                          .out = out.row<float>(0) + first_output + n,
+                          .out_stride = out.row_stride,
+                          .accumulate = accumulate,
+                          .num_rows = x.rows,
+                          .num_outputs = std::min(strips[i].outputs, block.rows - n),
+                          .depth = weight.depth,
+                          .scratch = operand.of(worker)});
+      });
 }
 
 void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
@@ -77,15 +110,20 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
                 " do not fit; out is float32 [rows of x, outputs of weight].");
   }
   const Kernels& kernels = ctx.kernels();
+  const bool panels = weight.layout == WeightLayout::kPanels;
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    multiply_strips<BFloat16, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_bf16_bf16,
-                                        kernels.matmul_panels_bf16_bf16);
+    const Product<BFloat16, BFloat16> rows_product = {kernels.matmul_bf16_bf16, kernels.pack_x};
+    const Product<BFloat16, BFloat16> panels_product = {kernels.matmul_panels_bf16_bf16,
+                                                        kernels.pack_x_for_panels};
+    multiply_strips(ctx, x, weight, out, accumulate, panels ? panels_product : rows_product);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    multiply_strips<float, BFloat16>(ctx, x, weight, out, accumulate, kernels.matmul_f32_bf16,
-                                     kernels.matmul_panels_f32_bf16);
+    multiply_strips<float, BFloat16>(
+        ctx, x, weight, out, accumulate,
+        {panels ? kernels.matmul_panels_f32_bf16 : kernels.matmul_f32_bf16});
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    multiply_strips<float, float>(ctx, x, weight, out, accumulate, kernels.matmul_f32_f32,
-                                  kernels.matmul_panels_f32_f32);
+    multiply_strips<float, float>(
+        ctx, x, weight, out, accumulate,
+        {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32});
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +

@@ -145,7 +145,7 @@ def test_the_number_of_threads_changes_no_bit(
     assert same_bits(multiply(other_device, layout, x, w), multiply(device, layout, x, w))
 
 
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
 
 
 def lane_sum(lanes: Array) -> Array:

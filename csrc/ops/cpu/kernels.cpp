@@ -4,6 +4,9 @@
 
 #include "ops/cpu/attention_kernel.h"
 #include "ops/cpu/limits_kernel.h"
+#if defined(__AMX_BF16__)
+#include "ops/cpu/matmul_amx_kernel.h"
+#endif
 #include "ops/cpu/matmul_kernel.h"
 #include "ops/cpu/matmul_panels_kernel.h"
 #include "ops/cpu/row_kernels.h"
@@ -16,12 +19,27 @@ namespace tinyvllm::TINYVLLM_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     .isa = TINYVLLM_NAME(TINYVLLM_ISA),
+#if defined(__AMX_BF16__)
+    .matmul_bf16_bf16 = &matmul_tiles<false>,
+#else
     .matmul_bf16_bf16 = &matmul<BFloat16, BFloat16>,
+#endif
     .matmul_f32_bf16 = &matmul<float, BFloat16>,
     .matmul_f32_f32 = &matmul<float, float>,
+#if defined(__AMX_BF16__)
+    .matmul_panels_bf16_bf16 = &matmul_tiles<true>,
+#else
     .matmul_panels_bf16_bf16 = &matmul_panels<BFloat16, BFloat16>,
+#endif
     .matmul_panels_f32_bf16 = &matmul_panels<float, BFloat16>,
     .matmul_panels_f32_f32 = &matmul_panels<float, float>,
+#if defined(__AMX_BF16__)
+    .pack_x = &pack_rows<false>,
+    .pack_x_for_panels = &pack_rows<true>,
+#else
+    .pack_x = nullptr,
+    .pack_x_for_panels = nullptr,
+#endif
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,
     .attention_merge = &attention_merge,

@@ -29,7 +29,34 @@ struct MatmulShare {
   std::int64_t out_stride;
   bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
+  float* scratch;  // [kMatmulScratch], aligned to 64 bytes; where x is packed
 };
+
+// Some sets of kernels want x packed, once for all shares, a piece at a time: 16 rows of it, or what
+// is left of them, in one block of the depth, which is padded to whole steps with zeros
+// (matmul_amx_kernel.h). `x` of a MatmulShare is then the packed one.
+inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 16;
+struct PackShare {
+  const BFloat16* x;  // [num_rows, depth], rows x_stride elements apart
+  std::int64_t x_stride, num_rows, depth;
+  std::int64_t piece;
+  BFloat16* packed;  // [packed_elements(num_rows, depth)], aligned to 64 bytes
+};
+
+constexpr std::int64_t packed_blocks(std::int64_t depth) {
+  return (depth + kPackedDepth * kPackedSteps - 1) / (kPackedDepth * kPackedSteps);
+}
+constexpr std::int64_t packed_pieces(std::int64_t num_rows, std::int64_t depth) {
+  return (num_rows + kPackedRows - 1) / kPackedRows * packed_blocks(depth);
+}
+constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth) {
+  const std::int64_t whole_rows = (num_rows + kPackedRows - 1) / kPackedRows * kPackedRows;
+  const std::int64_t steps = (depth + kPackedDepth - 1) / kPackedDepth;
+  return (num_rows < kPackedRows ? num_rows : whole_rows) * steps * kPackedDepth;
+}
+
+// The sums of a share that wait in memory, and the outputs of a share at most.
+inline constexpr std::int64_t kMatmulScratch = 128 * 1024, kMostPackedOutputs = 256;
 
 // The outputs that lie side by side in a panel, and the elements of k that it has of each: those of
 // whole lanes of 32 bits. The panel that begins with output n begins at element n * panel_depth.
@@ -104,6 +131,10 @@ struct Kernels {
   void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
   void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
+
+  // Where the products of bfloat16 want x packed; else null.
+  void (*pack_x)(const PackShare&);
+  void (*pack_x_for_panels)(const PackShare&);
 
   void (*attention_bf16)(const AttentionShare<BFloat16>&);
   void (*attention_f32)(const AttentionShare<float>&);

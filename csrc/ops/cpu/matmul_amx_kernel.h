@@ -1,0 +1,340 @@
+// The micro-kernel of y = x W^T for bfloat16 on AMX (amx.h): a tile of sums is 16 outputs by 16 rows of
+// x, and a multiplication does sixteen times the work of a vector's. See MatmulShare in kernels.h.
+//
+// Weights in rows are left operands as they lie, weights in panels (ops/repack.h) right ones; x, which
+// is small, is packed into tiles of the other kind once for all shares.
+//
+// At this rate what matters is where the operands are. Sums of 32 outputs by 32 rows of x are kept in
+// registers for one block of the depth, and wait in memory as tiles from one block to the next. With up
+// to 32 rows of x, weights are multiplied as they come from memory. With more, a block of them is used
+// again and again: rows are copied so that it fits the L1 cache (they lie too far apart for its sets),
+// and the next block is prefetched meanwhile (docs/performance-cpu.md has the numbers).
+#pragma once
+
+#include "ops/cpu/amx.h"
+#include "ops/cpu/kernels.h"
+
+namespace tinyvllm::TINYVLLM_ISA {
+
+static_assert(kTileSide == kPackedRows && kTileDepth == kPackedDepth);
+static_assert(kPanelOutputs == 2 * kTileSide);
+
+// The steps of k of one block of the depth: blocks are as equal as can be.
+struct Steps {
+  std::int64_t first, end;
+
+  static Steps of(std::int64_t block, std::int64_t depth) {
+    const std::int64_t steps = (depth + kTileDepth - 1) / kTileDepth, blocks = packed_blocks(depth);
+    return {steps * block / blocks, steps * (block + 1) / blocks};
+  }
+};
+
+// Packed x is [block of the depth][block of rows][step][tile]. With fewer than 16 rows in all, tiles
+// have so many rows, or columns, and no more: a single row is packed as it lies.
+struct PackedX {
+  std::int64_t num_rows;
+
+  std::int64_t row_blocks() const { return (num_rows + kTileSide - 1) / kTileSide; }
+  std::int64_t tile_rows() const { return num_rows < kTileSide ? num_rows : kTileSide; }
+  std::int64_t tile_size() const { return tile_rows() * kTileDepth; }
+  std::int64_t offset(std::int64_t row_block, Steps steps) const {
+    return (steps.first * row_blocks() + (steps.end - steps.first) * row_block) * tile_size();
+  }
+};
+
+// A step of a row, of which there are `count` elements; zeros for the others.
+TINYVLLM_INLINE __m512i load_step(const BFloat16* p, std::int64_t count) {
+  if (count >= kTileDepth) return _mm512_loadu_si512(p);
+  const auto mask = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
+  return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+// kLeft: into left operands.
+template <bool kLeft>
+void pack_rows(const PackShare& share) {
+  const PackedX x{share.num_rows};
+  const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
+  const Steps steps = Steps::of(block, share.depth);
+  const std::int64_t row = row_block * kTileSide, rest = share.num_rows - row;
+  const std::int64_t rows = rest < kTileSide ? rest : kTileSide;
+  const auto columns = static_cast<__mmask16>((1u << x.tile_rows()) - 1);
+  BFloat16* out = share.packed + x.offset(row_block, steps);
+  for (std::int64_t step = steps.first; step < steps.end; ++step, out += x.tile_size()) {
+    const std::int64_t k = step * kTileDepth;
+    Float tile[kTileSide] = {};
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const BFloat16* from = share.x + (row + i) * share.x_stride + k;
+      tile[i] = _mm512_castsi512_ps(load_step(from, share.depth - k));
+    }
+    if constexpr (kLeft) {
+      for (std::int64_t i = 0; i < x.tile_rows(); ++i) {
+        __builtin_memcpy(out + i * kTileDepth, &tile[i], kTileRowBytes);
+      }
+    } else {
+      transpose(tile);  // of pairs
+      for (std::int64_t i = 0; i < kTileSide; ++i) {
+        _mm512_mask_storeu_ps(out + i * x.tile_rows() * 2, columns, tile[i]);
+      }
+    }
+  }
+}
+
+// The tile registers: two of weights, two of x, and the sums of each with each.
+inline constexpr int kWeightTile = 4, kXTile = 6;
+constexpr int sum_tile(int w, int x) { return 2 * x + w; }
+
+template <bool kPanels>
+class TileProduct {
+ public:
+  explicit TileProduct(const MatmulShare<BFloat16, BFloat16>& share)
+      : share_(share), x_{share.num_rows} {}
+
+  void run() {
+    configure();
+    // Where x does not fit the L2 cache, a block of its depth is multiplied with all outputs before
+    // the next one is read; else the weights are best read in the order in which they lie.
+    const bool cached = share_.num_rows * share_.depth <= kCachedElements;
+    const std::int64_t outputs = cached ? kPanelOutputs : kMostPackedOutputs;
+    const std::int64_t row_blocks = kMatmulScratch / outputs / kTileSide;
+    for (std::int64_t row = 0; row < x_.row_blocks(); row += row_blocks) {
+      rows_ = {row, smaller(row + row_blocks, x_.row_blocks())};
+      for (std::int64_t n = 0; n < share_.num_outputs; n += outputs) {
+        outputs_ = {n, smaller(n + outputs, share_.num_outputs)};
+        multiply();
+      }
+    }
+    release_tiles();
+  }
+
+ private:
+  struct Range {
+    std::int64_t first, end;
+    std::int64_t size() const { return end - first; }
+  };
+
+  // Weights of 32 outputs: a step of the depth is two tiles of 16 rows, or 32 lines of memory.
+  struct Weights {
+    const BFloat16* first;
+    std::int64_t step, tile, row, line;  // from one to the next, in elements
+  };
+
+  // What a pair of blocks of rows prefetches: with each step some lines of `from`, and from step
+  // `wrap` on those of `wrapped`.
+  struct Prefetch {
+    const BFloat16 *from, *wrapped;
+    std::int64_t wrap, lines;
+  };
+
+  static std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+  void configure() const {
+    TileConfig config;
+    for (int i = 0; i < 2; ++i) {
+      config.set(kWeightTile + i, kTileSide, kTileRowBytes);
+      const int narrow[] = {kXTile + i, sum_tile(0, i), sum_tile(1, i)};
+      for (const int tile : narrow) {
+        if (kPanels) {
+          config.set(tile, x_.tile_rows(), kTileRowBytes);
+        } else {
+          config.set(tile, kTileSide, 4 * x_.tile_rows());
+        }
+      }
+    }
+    configure_tiles(config);
+  }
+
+  // The outputs and blocks of rows that are done at a time.
+  void multiply() {
+    const std::int64_t blocks = packed_blocks(share_.depth);
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      const Steps steps = Steps::of(block, share_.depth);
+      steps_ = {steps.first, steps.end};
+      whole_steps_ = smaller(steps.end, share_.depth / kTileDepth) - steps.first;
+      first_ = block == 0;
+      last_ = block + 1 == blocks;
+      float* sums = share_.scratch;
+      for (std::int64_t n = outputs_.first; n < outputs_.end; n += kPanelOutputs) {
+        const Weights weights = prepare(n);
+        Prefetch prefetch = ahead_of(n, block);
+        for (std::int64_t row = rows_.first; row < rows_.end; row += 2) {
+          if (row + 1 < rows_.end) {
+            multiply_rows<2>(row, n, weights, prefetch, sums);
+          } else {
+            multiply_rows<1>(row, n, weights, prefetch, sums);
+          }
+          prefetch.from += prefetch.lines * weights_at(n, 0).line;
+          sums += 4 * kTileFloats;
+        }
+      }
+    }
+  }
+
+  // The weights of output n and those behind it, from a step on, where they lie.
+  Weights weights_at(std::int64_t n, std::int64_t step) const {
+    if constexpr (kPanels) {
+      constexpr std::int64_t kStep = kTileDepth * kPanelOutputs;
+      const std::int64_t depth = panel_depth(DType::kBFloat16, share_.depth);
+      const BFloat16* first = share_.weight + n * depth + step * kStep;
+      return {first, kStep, 2 * kTileSide, 2 * kPanelOutputs, kTileDepth};
+    } else {
+      const std::int64_t depth = share_.depth;
+      const BFloat16* first = share_.weight + n * depth + step * kTileDepth;
+      return {first, kTileDepth, kTileSide * depth, depth, depth};
+    }
+  }
+
+  // The weights of this block, to be loaded from where they lie or from copies; of a last step that is
+  // not whole there is always a copy.
+  Weights prepare(std::int64_t n) {
+    const Weights weights = weights_at(n, steps_.first);
+    const std::int64_t outputs = smaller(share_.num_outputs - n, kPanelOutputs);
+    const bool copies_rows = !kPanels && (rows_.size() > 2 || outputs < kPanelOutputs);
+    for (std::int64_t step = copies_rows ? 0 : whole_steps_; step < steps_.size(); ++step) {
+      copy(weights, outputs, step);
+    }
+    if (!copies_rows) return weights;
+    constexpr std::int64_t kTileElements = kTileSide * kTileDepth;
+    return {copies_[0][0][0], 2 * kTileElements, kTileElements, kTileDepth, kTileDepth};
+  }
+
+  // One step, with zeros for what is missing.
+  void copy(const Weights& weights, std::int64_t outputs, std::int64_t step) {
+    const BFloat16* from = weights.first + step * weights.step;
+    const std::int64_t depth = share_.depth - (steps_.first + step) * kTileDepth;
+    const std::int64_t lines = kPanels ? smaller((depth + 1) / 2, kTileSide) : outputs;
+    for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
+      const std::int64_t tile = i / kTileSide, row = i % kTileSide;
+      __m512i part{};
+      if (kPanels) {
+        if (row < lines) part = _mm512_loadu_si512(from + tile * weights.tile + row * weights.row);
+      } else if (i < lines) {
+        part = load_step(from + i * weights.row, depth);
+      }
+      _mm512_store_si512(copies_[step][tile][row], part);
+    }
+  }
+
+  // With one pair of blocks of rows: a few steps ahead, all lines. With more: their share of the next
+  // block of weights, a step at a time.
+  Prefetch ahead_of(std::int64_t n, std::int64_t block) const {
+    const std::int64_t pairs = (rows_.size() + 1) / 2, lines = (kPanelOutputs + pairs - 1) / pairs;
+    const std::int64_t next = n + kPanelOutputs;
+    if (pairs == 1) {
+      const std::int64_t all = (share_.depth + kTileDepth - 1) / kTileDepth;
+      return {weights_at(n, steps_.first + kStepsAhead).first,
+              weights_at(next, steps_.first + kStepsAhead - all).first,
+              all - kStepsAhead - steps_.first, lines};
+    }
+    constexpr std::int64_t kNever = 1 << 30;
+    if (next < outputs_.end) return {weights_at(next, steps_.first).first, nullptr, kNever, lines};
+    if (last_) return {weights_at(outputs_.end, 0).first, nullptr, kNever, lines};
+    const std::int64_t step = Steps::of(block + 1, share_.depth).first;
+    return {weights_at(outputs_.first, step).first, nullptr, kNever, lines};
+  }
+
+  template <typename F>
+  TINYVLLM_INLINE static void for_each_sum(int row_tiles, F&& f) {
+    f.template operator()<0, 0>();
+    f.template operator()<1, 0>();
+    if (row_tiles == 2) {
+      f.template operator()<0, 1>();
+      f.template operator()<1, 1>();
+    }
+  }
+
+  template <int kW, int kX>
+  TINYVLLM_INLINE static void multiply_tile() {
+    if constexpr (kPanels) {
+      multiply_tiles<sum_tile(kW, kX), kXTile + kX, kWeightTile + kW>();
+    } else {
+      multiply_tiles<sum_tile(kW, kX), kWeightTile + kW, kXTile + kX>();
+    }
+  }
+
+  // kTiles blocks of rows, from `row` on, with a block of weights.
+  template <int kTiles>
+  void multiply_rows(std::int64_t row, std::int64_t n, const Weights& weights,
+                     const Prefetch& prefetch, float* sums) {
+    for_each_sum(kTiles, [&]<int kW, int kX>() {
+      if (first_) {
+        zero_tile<sum_tile(kW, kX)>();
+      } else {
+        load_tile<sum_tile(kW, kX)>(sums + sum_tile(kW, kX) * kTileFloats, kTileRowBytes);
+      }
+    });
+    const std::int64_t x_stride = kPanels ? kTileRowBytes : 4 * x_.tile_rows();
+    const std::int64_t next_rows = steps_.size() * x_.tile_size();
+    const BFloat16* x = share_.x + x_.offset(row, {steps_.first, steps_.end});
+    const auto multiply_step = [&](const BFloat16* w, std::int64_t tile, std::int64_t row_bytes) {
+      load_tile<kWeightTile>(w, row_bytes);
+      load_tile<kXTile>(x, x_stride);
+      multiply_tile<0, 0>();
+      load_tile<kWeightTile + 1>(w + tile, row_bytes);
+      multiply_tile<1, 0>();
+      if constexpr (kTiles == 2) {
+        load_tile<kXTile + 1>(x + next_rows, x_stride);
+        multiply_tile<0, 1>();
+        multiply_tile<1, 1>();
+      }
+      x += x_.tile_size();
+    };
+    const std::int64_t line = weights_at(n, 0).line, line_step = weights_at(n, 0).step;
+    const Weights from = weights;
+    const Prefetch ahead = prefetch;
+    const bool copied = from.first == copies_[0][0][0];
+    const std::int64_t steps = copied ? steps_.size() : whole_steps_;
+    for (std::int64_t step = 0; step < steps; ++step) {
+      const BFloat16* lines = (step < ahead.wrap ? ahead.from : ahead.wrapped) + step * line_step;
+      for (std::int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(lines + i * line, 0, 2);
+      multiply_step(from.first + step * from.step, from.tile, 2 * from.row);
+    }
+    if (steps < steps_.size()) {
+      multiply_step(copies_[steps][0][0], kTileSide * kTileDepth, kTileRowBytes);
+    }
+    alignas(64) float out[kTiles * 2 * kTileFloats];
+    float* to = last_ ? out : sums;
+    for_each_sum(kTiles, [&]<int kW, int kX>() {
+      store_tile<sum_tile(kW, kX)>(to + sum_tile(kW, kX) * kTileFloats, kTileRowBytes);
+    });
+    if (!last_) return;
+    for_each_sum(kTiles, [&]<int kW, int kX>() {
+      write((row + kX) * kTileSide, n + kW * kTileSide, out + sum_tile(kW, kX) * kTileFloats);
+    });
+  }
+
+  // The outputs from n on, of the rows from `row` on: a tile of sums, or what there is of it.
+  void write(std::int64_t row, std::int64_t n, const float* sums) const {
+    if (n >= share_.num_outputs) return;
+    const std::int64_t rows = smaller(share_.num_rows - row, kTileSide);
+    Float tile[kTileSide];
+    for (int i = 0; i < kTileSide; ++i) tile[i] = load(sums + i * kTileSide);
+    if (!kPanels) transpose(tile);
+    const std::int64_t outputs = share_.num_outputs - n;
+    const auto mask = static_cast<__mmask16>(outputs < kTileSide ? (1u << outputs) - 1 : 0xffffu);
+    const Float bias = share_.bias ? _mm512_maskz_loadu_ps(mask, share_.bias + n) : Float{};
+    for (std::int64_t i = 0; i < rows; ++i) {
+      float* out = share_.out + (row + i) * share_.out_stride + n;
+      Float total = share_.bias ? tile[i] + bias : tile[i];
+      if (share_.accumulate) total = _mm512_maskz_loadu_ps(mask, out) + total;
+      _mm512_mask_storeu_ps(out, mask, total);
+    }
+  }
+
+  static constexpr std::int64_t kCachedElements = 512 * 1024;  // of x: 1 MiB
+  static constexpr std::int64_t kStepsAhead = 4;
+
+  const MatmulShare<BFloat16, BFloat16>& share_;
+  const PackedX x_;
+  Range rows_{}, outputs_{};    // of a call of multiply: blocks of 16 rows, and outputs
+  Range steps_{};               // of a block of the depth,
+  std::int64_t whole_steps_{};  // of them those without an end of a row,
+  bool first_{}, last_{};       // and whether it is the first or last block
+  alignas(64) BFloat16 copies_[kPackedSteps][2][kTileSide][kTileDepth];
+};
+
+template <bool kPanels>
+void matmul_tiles(const MatmulShare<BFloat16, BFloat16>& share) {
+  TileProduct<kPanels>(share).run();
+}
+
+}  // namespace tinyvllm::TINYVLLM_ISA
