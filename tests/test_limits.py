@@ -48,8 +48,9 @@ def test_a_better_instruction_set_has_a_higher_limit() -> None:
     }
     if "avx2" in rates:
         assert rates["avx2"] > 1.5 * rates["portable"]
-    if "avx512bf16" in rates:
-        assert rates["avx512bf16"] > 1.3 * rates["avx512"]
+    # Not for avx512bf16: Intel's vdpbf16ps is half as fast as float32, AMD's is twice as fast.
+    if "amx" in rates:
+        assert rates["amx"] > 2 * max(rates["avx512bf16"], rates["avx512"])
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 61.0])

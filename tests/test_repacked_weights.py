@@ -17,8 +17,11 @@ from tinyvllm.llm import BUNDLED_MODEL
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "mistral-window"])
 def test_the_logits_are_those_of_the_weights_where_they_lie(
-    tmp_path: Path, name: str, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
+    # AMX adds up in the same order in both layouts, which would leave nothing to tell them apart.
+    isa = next(isa for isa in _core.supported_isas() if isa != "amx")
+    monkeypatch.setenv("TINYVLLM_CPU_ISA", isa)
     family = FAMILIES[name]
     path = family.write(tmp_path)
     tokens = family.prompt(40)

@@ -3,7 +3,7 @@
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#if defined(__x86_64__)
+#if defined(TINYVLLM_HAS_AMX)
 #include <cpuid.h>
 #endif
 
@@ -103,7 +103,7 @@ int physical_cores() {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(TINYVLLM_HAS_AMX)
 // Whether the CPU has AMX for bfloat16 and the system lets this process use its tile registers, which
 // it has to ask for: their 8 KiB make its threads' saved state larger.
 bool may_use_amx() {
@@ -126,8 +126,10 @@ std::vector<std::string> supported_isas() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(TINYVLLM_HAS_AMX)
   static const bool amx = avx512bf16 && may_use_amx();
   if (amx) isas.emplace_back("amx");
+#endif
   if (avx512bf16) isas.emplace_back("avx512bf16");
   if (avx512) isas.emplace_back("avx512");
   if (avx2) isas.emplace_back("avx2");

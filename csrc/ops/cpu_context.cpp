@@ -24,6 +24,8 @@ extern const Kernels kKernels;
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }
+#endif
+#ifdef TINYVLLM_HAS_AMX
 namespace amx {
 extern const Kernels kKernels;
 }
@@ -31,8 +33,11 @@ extern const Kernels kKernels;
 
 const Kernels& kernels_for(const char* isa) {
   static constexpr const Kernels* kTables[] = {
+#ifdef TINYVLLM_HAS_AMX
+      &amx::kKernels,
+#endif
 #ifdef TINYVLLM_HAS_AVX512BF16
-      &amx::kKernels, &avx512bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
+      &avx512bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
 #endif
       &portable::kKernels};
   const std::vector<std::string> supported = supported_isas();

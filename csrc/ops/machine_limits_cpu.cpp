@@ -67,7 +67,7 @@ double measure_read_bandwidth(const CpuContext& ctx, double seconds) {
 }
 
 double measure_arithmetic(const CpuContext& ctx, double seconds) {
-  constexpr std::int64_t kRounds = 1 << 18;  // about a millisecond
+  constexpr std::int64_t kRounds = 1 << 18;  // a few milliseconds
   const std::vector<float> operands(64, 1.0f);
   std::vector<float> results(static_cast<std::size_t>(ctx.num_threads()));
   std::vector<double> work(results.size());

@@ -40,7 +40,9 @@ struct Operand {
   const X* x;
   float* scratch;
 
-  float* of(int worker) const { return scratch == nullptr ? nullptr : scratch + worker * kMatmulScratch; }
+  float* of(int worker) const {
+    return scratch == nullptr ? nullptr : scratch + worker * kMatmulScratch;
+  }
 };
 
 Operand<BFloat16> pack(const CpuContext& ctx, TensorView x, void (*pack_piece)(const PackShare&)) {
@@ -75,28 +77,28 @@ void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, 
   for (std::size_t i = 0; i < strips.size(); ++i) {
     strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);
   }
-  ctx.parallel_for(
-      strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
-        std::int64_t first_output = 0;
-        std::size_t i = 0;
-        for (; strip >= strips[i].count; ++i) {
-          strip -= strips[i].count;
-          first_output += weight.blocks[i].rows;
-        }
-        const RowBlock& block = weight.blocks[i];
-        const std::int64_t n = strip * strips[i].outputs;
-        product.multiply({.x = operand.x,
-                          .x_stride = x.row_stride,
-                          .weight = static_cast<const W*>(block.data) + n * depth,
-                          .bias = block.bias == nullptr ? nullptr : block.bias + n,
-                          .out = out.row<float>(0) + first_output + n,
-                          .out_stride = out.row_stride,
-                          .accumulate = accumulate,
-                          .num_rows = x.rows,
-                          .num_outputs = std::min(strips[i].outputs, block.rows - n),
-                          .depth = weight.depth,
-                          .scratch = operand.of(worker)});
-      });
+  ctx.parallel_for(strips[0].count + strips[1].count + strips[2].count,
+                   [&](std::int64_t strip, int worker) {
+                     std::int64_t first_output = 0;
+                     std::size_t i = 0;
+                     for (; strip >= strips[i].count; ++i) {
+                       strip -= strips[i].count;
+                       first_output += weight.blocks[i].rows;
+                     }
+                     const RowBlock& block = weight.blocks[i];
+                     const std::int64_t n = strip * strips[i].outputs;
+                     product.multiply({.x = operand.x,
+                                       .x_stride = x.row_stride,
+                                       .weight = static_cast<const W*>(block.data) + n * depth,
+                                       .bias = block.bias == nullptr ? nullptr : block.bias + n,
+                                       .out = out.row<float>(0) + first_output + n,
+                                       .out_stride = out.row_stride,
+                                       .accumulate = accumulate,
+                                       .num_rows = x.rows,
+                                       .num_outputs = std::min(strips[i].outputs, block.rows - n),
+                                       .depth = weight.depth,
+                                       .scratch = operand.of(worker)});
+                   });
 }
 
 void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,

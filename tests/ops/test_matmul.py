@@ -145,6 +145,23 @@ def test_the_number_of_threads_changes_no_bit(
     assert same_bits(multiply(other_device, layout, x, w), multiply(device, layout, x, w))
 
 
+def tile_sums(x: Array, w: Array) -> Array:
+    """What AMX adds up: of 32 elements of k the even and the odd ones, then the sum of the two."""
+    padding = [(0, 0), (0, -x.shape[1] % 32)]
+    wide_x = np.pad(widen(x), padding).astype(np.float32)
+    wide_w = np.pad(widen(w), padding).astype(np.float32)
+    sums = np.zeros((len(x), len(w)), dtype=np.float32)
+    for first in range(0, wide_x.shape[1], 32):
+        halves = []
+        for begin in (first, first + 1):
+            half = np.zeros_like(sums)
+            for k in range(begin, first + 32, 2):
+                half = fused_multiply_add(wide_x[:, None, k], wide_w[None, :, k], half)
+            halves.append(half)
+        sums = sums + (halves[0] + halves[1])
+    return sums
+
+
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
 
 
@@ -154,51 +171,56 @@ def lane_sum(lanes: Array) -> Array:
     return tree_sum(tree_sum(fours))
 
 
-@pairs
-@pytest.mark.parametrize("depth", [3, 64, 101])
-def test_sums_run_over_ascending_k_in_one_vector_and_end_in_a_tree(
-    cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
-) -> None:
-    x = random(rng, (3, depth), x_dtype)
-    w = random(rng, (13, depth), w_dtype)
-    bias = cast(rng.standard_normal(13), "float32")
-    lanes = LANES[cpu_device.isa]
-    # One step of k fills the lanes; of pairs of bfloat16 each lane takes two, the second one first.
-    pair = 2 if (x_dtype, w_dtype) == ("bfloat16", "bfloat16") else 1
-    multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
-
-    padding = [(0, 0), (0, -depth % (lanes * pair))]
-    wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(3, 1, -1, lanes, pair)
-    wide_w = np.pad(widen(w), padding).astype(np.float32).reshape(1, 13, -1, lanes, pair)
-    sums = np.zeros((3, 13, lanes), dtype=np.float32)
+def vector_sums(isa: str, x: Array, w: Array, pair: int) -> Array:
+    """One vector over ascending k: its lanes take `pair` elements at a time, the last one first."""
+    lanes = LANES[isa]
+    multiply_add = multiply_then_add if isa == "portable" else fused_multiply_add
+    padding = [(0, 0), (0, -x.shape[1] % (lanes * pair))]
+    wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(len(x), 1, -1, lanes, pair)
+    wide_w = np.pad(widen(w), padding).astype(np.float32).reshape(1, len(w), -1, lanes, pair)
+    sums = np.zeros((len(x), len(w), lanes), dtype=np.float32)
     for step in range(wide_x.shape[2]):
         for element in reversed(range(pair)):
             sums = multiply_add(
                 wide_x[:, :, step, :, element], wide_w[:, :, step, :, element], sums
             )
-    want = lane_sum(sums) + bias
-    assert same_bits(ops.matmul(cpu_device, x, [w], [bias]), want)
+    return lane_sum(sums)
+
+
+def ascending_sums(isa: str, x: Array, w: Array, pair: int) -> Array:
+    """One sum over ascending k, `pair` elements at a time, the last one first."""
+    multiply_add = multiply_then_add if isa == "portable" else fused_multiply_add
+    padding = [(0, 0), (0, -x.shape[1] % pair)]
+    wide_x = np.pad(widen(x), padding).astype(np.float32)
+    wide_w = np.pad(widen(w), padding).astype(np.float32)
+    sums = np.zeros((len(x), len(w)), dtype=np.float32)
+    for first in range(0, wide_x.shape[1], pair):
+        for k in reversed(range(first, first + pair)):
+            sums = multiply_add(wide_x[:, None, k], wide_w[None, :, k], sums)
+    return sums
 
 
 @pairs
-@pytest.mark.parametrize("depth", [3, 64, 1101])
-def test_in_panels_an_output_is_a_lane_that_adds_up_ascending_k(
-    cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, depth: int
+@pytest.mark.parametrize("depth", [3, 64, 101, 1101])
+@pytest.mark.parametrize("order", ["rows", "panels"])
+def test_an_output_adds_its_products_in_the_order_that_its_layout_has(
+    cpu_device: Any,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    depth: int,
+    order: str,
 ) -> None:
     x = random(rng, (3, depth), x_dtype)
     w = random(rng, (37, depth), w_dtype)
     bias = cast(rng.standard_normal(37), "float32")
-    pair = 2 if w_dtype == "bfloat16" else 1  # of which the second one comes first
-    multiply_add = multiply_then_add if cpu_device.isa == "portable" else fused_multiply_add
-    padding = [(0, 0), (0, -depth % pair)]
-    wide_x = np.pad(widen(x), padding).astype(np.float32)
-    wide_w = np.pad(widen(w), padding).astype(np.float32)
-    sums = np.zeros((3, 37), dtype=np.float32)
-    for first in range(0, wide_x.shape[1], pair):
-        for k in reversed(range(first, first + pair)):
-            sums = multiply_add(wide_x[:, None, k], wide_w[None, :, k], sums)
-    got = ops.matmul(cpu_device, x, [w], [bias], layout="panels")
-    assert same_bits(got, sums + bias)
+    if (cpu_device.isa, x_dtype, w_dtype) == ("amx", "bfloat16", "bfloat16"):
+        want = tile_sums(x, w)
+    elif order == "rows":
+        want = vector_sums(cpu_device.isa, x, w, 2 if x_dtype == w_dtype == "bfloat16" else 1)
+    else:
+        want = ascending_sums(cpu_device.isa, x, w, 2 if w_dtype == "bfloat16" else 1)
+    assert same_bits(ops.matmul(cpu_device, x, [w], [bias], layout=order), want + bias)
 
 
 @pairs

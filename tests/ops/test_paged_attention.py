@@ -28,7 +28,7 @@ SPLIT, TILE = 1024, 64  # where long contexts are cut, and the tiles between
 
 def rounds_to_bfloat16(device: Any, dtype: str) -> bool:
     """Whether queries and softmax weights are rounded, for an instruction on pairs of bfloat16."""
-    return bool(device.isa == "avx512bf16") and dtype == "bfloat16"
+    return bool(device.isa in ("avx512bf16", "amx")) and dtype == "bfloat16"
 
 
 @dataclasses.dataclass

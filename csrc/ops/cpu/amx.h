@@ -18,7 +18,7 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
-inline constexpr std::int64_t kTileSide = 16;             // rows, columns, or pairs of a full tile
+inline constexpr std::int64_t kTileSide = 16;              // rows, columns, or pairs of a full tile
 inline constexpr std::int64_t kTileDepth = 2 * kTileSide;  // elements of k
 inline constexpr std::int64_t kTileRowBytes = 64, kTileFloats = kTileSide * kTileSide;
 

@@ -19,6 +19,9 @@ namespace tinyvllm {
 //
 // The weights may lie in panels instead of rows (ops/repack.h). An output is then one lane of a
 // vector, which adds up ascending k, and of a pair of bfloat16 the second one first.
+//
+// Bfloat16 on AMX has an order of its own, the same for both: 32 elements of k at a time, as amx.h
+// says.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart
@@ -29,12 +32,13 @@ struct MatmulShare {
   std::int64_t out_stride;
   bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
-  float* scratch;  // [kMatmulScratch], aligned to 64 bytes; where x is packed
+  float* scratch;  // [kMatmulScratch], aligned to 64 bytes; null where x is not packed
 };
 
-// Some sets of kernels want x packed, once for all shares, a piece at a time: 16 rows of it, or what
-// is left of them, in one block of the depth, which is padded to whole steps with zeros
-// (matmul_amx_kernel.h). `x` of a MatmulShare is then the packed one.
+// AMX wants x packed (matmul_amx_kernel.h), which is done once for all shares of a product, a piece at
+// a time: 16 rows or what is left of them, in one block of the depth. Its blocks are of up to
+// kPackedSteps steps of kPackedDepth elements, the last step filled up with zeros. `x` of a
+// MatmulShare is then the packed one.
 inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 16;
 struct PackShare {
   const BFloat16* x;  // [num_rows, depth], rows x_stride elements apart
@@ -55,7 +59,7 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
   return (num_rows < kPackedRows ? num_rows : whole_rows) * steps * kPackedDepth;
 }
 
-// The sums of a share that wait in memory, and the outputs of a share at most.
+// Of such a product: the sums of a share that wait in memory, and the most outputs of a share.
 inline constexpr std::int64_t kMatmulScratch = 128 * 1024, kMostPackedOutputs = 256;
 
 // The outputs that lie side by side in a panel, and the elements of k that it has of each: those of
@@ -132,7 +136,7 @@ struct Kernels {
   void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
 
-  // Where the products of bfloat16 want x packed; else null.
+  // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16; null where they take rows.
   void (*pack_x)(const PackShare&);
   void (*pack_x_for_panels)(const PackShare&);
 
@@ -162,7 +166,7 @@ struct Kernels {
   // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
   std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
   // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
-  // operands [64]. Returns the number of floating-point operations and puts their sum into *result.
+  // operands [64] and added up in several. Returns the number of floating-point operations and puts their sum into *result.
   double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
 

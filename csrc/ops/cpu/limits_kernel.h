@@ -2,6 +2,9 @@
 // (ops/machine_limits.h).
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "ops/cpu/amx.h"
+#endif
 #include "ops/cpu/simd.h"
 
 namespace tinyvllm::TINYVLLM_ISA {
@@ -26,6 +29,32 @@ inline std::uint32_t read(const std::uint32_t* data, std::int64_t size) {
   return checksum;
 }
 
+#if defined(__AMX_BF16__)
+// Four tiles of sums hide the latency of a multiplication, 52 cycles, of which one begins every 16.
+inline double multiply_registers(std::int64_t rounds, const float* operands, float* result) {
+  constexpr int kSums = 4, kLeft = 4, kRight = 5;
+  TileConfig config;
+  for (int tile = 0; tile <= kRight; ++tile) config.set(tile, kTileSide, kTileRowBytes);
+  configure_tiles(config);
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+  load_tile<kLeft>(operands, 0);  // each of its rows the same
+  load_tile<kRight>(operands + kLanes, 0);
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    multiply_tiles<0, kLeft, kRight>();
+    multiply_tiles<1, kLeft, kRight>();
+    multiply_tiles<2, kLeft, kRight>();
+    multiply_tiles<3, kLeft, kRight>();
+  }
+  alignas(64) float sums[kTileFloats];
+  store_tile<0>(sums, kTileRowBytes);
+  release_tiles();
+  *result = horizontal_sum(load(sums));
+  return static_cast<double>(rounds) * kSums * kTileFloats * kTileDepth * 2;
+}
+#else
 // Twelve accumulators: as many as hide the latency of the instruction on every CPU we know, and no
 // more than the 16 registers of AVX2 hold beside the operands.
 inline double multiply_registers(std::int64_t rounds, const float* operands, float* result) {
@@ -56,5 +85,6 @@ inline double multiply_registers(std::int64_t rounds, const float* operands, flo
   *result = horizontal_sum(all);
   return static_cast<double>(rounds) * kAccumulators * kFlops;
 }
+#endif
 
 }  // namespace tinyvllm::TINYVLLM_ISA

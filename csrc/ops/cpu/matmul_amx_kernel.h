@@ -4,11 +4,11 @@
 // Weights in rows are left operands as they lie, weights in panels (ops/repack.h) right ones; x, which
 // is small, is packed into tiles of the other kind once for all shares.
 //
-// At this rate what matters is where the operands are. Sums of 32 outputs by 32 rows of x are kept in
-// registers for one block of the depth, and wait in memory as tiles from one block to the next. With up
-// to 32 rows of x, weights are multiplied as they come from memory. With more, a block of them is used
-// again and again: rows are copied so that it fits the L1 cache (they lie too far apart for its sets),
-// and the next block is prefetched meanwhile (docs/performance-cpu.md has the numbers).
+// At this rate what matters is where the operands are. The sums of 32 outputs and 32 rows of x stay in
+// registers for a block of the depth, and wait in memory as tiles from one block to the next. With few
+// rows of x, weights are multiplied as they come from memory. With more they are used again and again:
+// a block of them is copied, so that it fits the L1 cache (as rows they lie too far apart for its
+// sets), and the next one is prefetched meanwhile (docs/performance-cpu.md has the numbers).
 #pragma once
 
 #include "ops/cpu/amx.h"
@@ -19,15 +19,16 @@ namespace tinyvllm::TINYVLLM_ISA {
 static_assert(kTileSide == kPackedRows && kTileDepth == kPackedDepth);
 static_assert(kPanelOutputs == 2 * kTileSide);
 
-// The steps of k of one block of the depth: blocks are as equal as can be.
-struct Steps {
+struct Range {
   std::int64_t first, end;
-
-  static Steps of(std::int64_t block, std::int64_t depth) {
-    const std::int64_t steps = (depth + kTileDepth - 1) / kTileDepth, blocks = packed_blocks(depth);
-    return {steps * block / blocks, steps * (block + 1) / blocks};
-  }
+  std::int64_t size() const { return end - first; }
 };
+
+// The steps of k of one block of the depth: blocks are as equal as can be.
+inline Range steps_of(std::int64_t block, std::int64_t depth) {
+  const std::int64_t steps = (depth + kTileDepth - 1) / kTileDepth, blocks = packed_blocks(depth);
+  return {steps * block / blocks, steps * (block + 1) / blocks};
+}
 
 // Packed x is [block of the depth][block of rows][step][tile]. With fewer than 16 rows in all, tiles
 // have so many rows, or columns, and no more: a single row is packed as it lies.
@@ -37,8 +38,8 @@ struct PackedX {
   std::int64_t row_blocks() const { return (num_rows + kTileSide - 1) / kTileSide; }
   std::int64_t tile_rows() const { return num_rows < kTileSide ? num_rows : kTileSide; }
   std::int64_t tile_size() const { return tile_rows() * kTileDepth; }
-  std::int64_t offset(std::int64_t row_block, Steps steps) const {
-    return (steps.first * row_blocks() + (steps.end - steps.first) * row_block) * tile_size();
+  std::int64_t offset(std::int64_t row_block, Range steps) const {
+    return (steps.first * row_blocks() + steps.size() * row_block) * tile_size();
   }
 };
 
@@ -54,7 +55,7 @@ template <bool kLeft>
 void pack_rows(const PackShare& share) {
   const PackedX x{share.num_rows};
   const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
-  const Steps steps = Steps::of(block, share.depth);
+  const Range steps = steps_of(block, share.depth);
   const std::int64_t row = row_block * kTileSide, rest = share.num_rows - row;
   const std::int64_t rows = rest < kTileSide ? rest : kTileSide;
   const auto columns = static_cast<__mmask16>((1u << x.tile_rows()) - 1);
@@ -107,11 +108,6 @@ class TileProduct {
   }
 
  private:
-  struct Range {
-    std::int64_t first, end;
-    std::int64_t size() const { return end - first; }
-  };
-
   // Weights of 32 outputs: a step of the depth is two tiles of 16 rows, or 32 lines of memory.
   struct Weights {
     const BFloat16* first;
@@ -146,24 +142,25 @@ class TileProduct {
   // The outputs and blocks of rows that are done at a time.
   void multiply() {
     const std::int64_t blocks = packed_blocks(share_.depth);
+    few_rows_ = rows_.size() <= kFewRows / kTileSide;
     for (std::int64_t block = 0; block < blocks; ++block) {
-      const Steps steps = Steps::of(block, share_.depth);
-      steps_ = {steps.first, steps.end};
-      whole_steps_ = smaller(steps.end, share_.depth / kTileDepth) - steps.first;
+      steps_ = steps_of(block, share_.depth);
+      whole_steps_ = smaller(steps_.end, share_.depth / kTileDepth) - steps_.first;
       first_ = block == 0;
       last_ = block + 1 == blocks;
       float* sums = share_.scratch;
       for (std::int64_t n = outputs_.first; n < outputs_.end; n += kPanelOutputs) {
         const Weights weights = prepare(n);
-        Prefetch prefetch = ahead_of(n, block);
+        Prefetch prefetch = few_rows_ ? next_steps(n) : next_block(n, block);
         for (std::int64_t row = rows_.first; row < rows_.end; row += 2) {
           if (row + 1 < rows_.end) {
             multiply_rows<2>(row, n, weights, prefetch, sums);
           } else {
             multiply_rows<1>(row, n, weights, prefetch, sums);
           }
-          prefetch.from += prefetch.lines * weights_at(n, 0).line;
           sums += 4 * kTileFloats;
+          prefetch.from += prefetch.lines * weights_at(n, 0).line;
+          if (few_rows_) prefetch.lines = 0;  // the first pair has asked for all
         }
       }
     }
@@ -183,53 +180,70 @@ class TileProduct {
     }
   }
 
-  // The weights of this block, to be loaded from where they lie or from copies; of a last step that is
-  // not whole there is always a copy.
+  // The weights of output n and those behind it in this block of the depth, from where tiles of them
+  // are to be loaded.
   Weights prepare(std::int64_t n) {
     const Weights weights = weights_at(n, steps_.first);
     const std::int64_t outputs = smaller(share_.num_outputs - n, kPanelOutputs);
-    const bool copies_rows = !kPanels && (rows_.size() > 2 || outputs < kPanelOutputs);
-    for (std::int64_t step = copies_rows ? 0 : whole_steps_; step < steps_.size(); ++step) {
-      copy(weights, outputs, step);
+    if (kPanels || (few_rows_ && outputs == kPanelOutputs)) {
+      if (whole_steps_ < steps_.size()) copy_last_step(weights);
+      return weights;
     }
-    if (!copies_rows) return weights;
-    constexpr std::int64_t kTileElements = kTileSide * kTileDepth;
-    return {copies_[0][0][0], 2 * kTileElements, kTileElements, kTileDepth, kTileDepth};
+    for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
+      const BFloat16* from = weights.first + i * weights.row;
+      const auto put = [&](std::int64_t step, __m512i part) {
+        _mm512_store_si512(copies_[step][i / kTileSide][i % kTileSide], part);
+      };
+      const std::int64_t whole = i < outputs ? whole_steps_ : 0;
+      for (std::int64_t step = 0; step < whole; ++step) {
+        put(step, _mm512_loadu_si512(from + step * kTileDepth));
+      }
+      for (std::int64_t step = whole; step < steps_.size(); ++step) {
+        put(step, i < outputs ? load_step(from + step * kTileDepth, depth_from(step)) : __m512i{});
+      }
+    }
+    whole_steps_ = steps_.size();
+    constexpr std::int64_t kTile = kTileSide * kTileDepth;
+    return {copies_[0][0][0], 2 * kTile, kTile, kTileDepth, kTileDepth};
   }
 
-  // One step, with zeros for what is missing.
-  void copy(const Weights& weights, std::int64_t outputs, std::int64_t step) {
-    const BFloat16* from = weights.first + step * weights.step;
-    const std::int64_t depth = share_.depth - (steps_.first + step) * kTileDepth;
-    const std::int64_t lines = kPanels ? smaller((depth + 1) / 2, kTileSide) : outputs;
+  // A step that is not whole is always multiplied from a copy, with zeros for what is missing.
+  void copy_last_step(const Weights& weights) {
+    const std::int64_t depth = depth_from(whole_steps_), pairs = (depth + 1) / 2;
     for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
       const std::int64_t tile = i / kTileSide, row = i % kTileSide;
+      const BFloat16* from =
+          weights.first + whole_steps_ * weights.step + tile * weights.tile + row * weights.row;
       __m512i part{};
-      if (kPanels) {
-        if (row < lines) part = _mm512_loadu_si512(from + tile * weights.tile + row * weights.row);
-      } else if (i < lines) {
-        part = load_step(from + i * weights.row, depth);
-      }
-      _mm512_store_si512(copies_[step][tile][row], part);
+      if (!kPanels || row < pairs) part = load_step(from, kPanels ? kTileDepth : depth);
+      _mm512_store_si512(copies_[whole_steps_][tile][row], part);
     }
   }
 
-  // With one pair of blocks of rows: a few steps ahead, all lines. With more: their share of the next
-  // block of weights, a step at a time.
-  Prefetch ahead_of(std::int64_t n, std::int64_t block) const {
-    const std::int64_t pairs = (rows_.size() + 1) / 2, lines = (kPanelOutputs + pairs - 1) / pairs;
-    const std::int64_t next = n + kPanelOutputs;
-    if (pairs == 1) {
-      const std::int64_t all = (share_.depth + kTileDepth - 1) / kTileDepth;
-      return {weights_at(n, steps_.first + kStepsAhead).first,
-              weights_at(next, steps_.first + kStepsAhead - all).first,
-              all - kStepsAhead - steps_.first, lines};
+  // The elements of a row from a step of this block on.
+  std::int64_t depth_from(std::int64_t step) const {
+    return share_.depth - (steps_.first + step) * kTileDepth;
+  }
+
+  // All lines of what is multiplied a few steps later, which is behind the last step of these outputs
+  // the first one of the next.
+  Prefetch next_steps(std::int64_t n) const {
+    const std::int64_t all = (share_.depth + kTileDepth - 1) / kTileDepth;
+    const std::int64_t step = steps_.first + kStepsAhead;
+    return {weights_at(n, step).first, weights_at(n + kPanelOutputs, step - all).first, all - step,
+            kPanelOutputs};
+  }
+
+  // The next block of weights, in equal parts.
+  Prefetch next_block(std::int64_t n, std::int64_t block) const {
+    const std::int64_t pairs = (rows_.size() + 1) / 2;
+    std::int64_t next = n + kPanelOutputs, step = steps_.first;
+    if (next >= outputs_.end) {
+      next = last_ ? outputs_.end : outputs_.first;
+      step = last_ ? 0 : steps_of(block + 1, share_.depth).first;
     }
-    constexpr std::int64_t kNever = 1 << 30;
-    if (next < outputs_.end) return {weights_at(next, steps_.first).first, nullptr, kNever, lines};
-    if (last_) return {weights_at(outputs_.end, 0).first, nullptr, kNever, lines};
-    const std::int64_t step = Steps::of(block + 1, share_.depth).first;
-    return {weights_at(outputs_.first, step).first, nullptr, kNever, lines};
+    const BFloat16* first = weights_at(next, step).first;
+    return {first, first, steps_.size(), (kPanelOutputs + pairs - 1) / pairs};
   }
 
   template <typename F>
@@ -253,8 +267,8 @@ class TileProduct {
 
   // kTiles blocks of rows, from `row` on, with a block of weights.
   template <int kTiles>
-  void multiply_rows(std::int64_t row, std::int64_t n, const Weights& weights,
-                     const Prefetch& prefetch, float* sums) {
+  void multiply_rows(std::int64_t row, std::int64_t n, Weights weights, Prefetch prefetch,
+                     float* sums) {
     for_each_sum(kTiles, [&]<int kW, int kX>() {
       if (first_) {
         zero_tile<sum_tile(kW, kX)>();
@@ -264,7 +278,7 @@ class TileProduct {
     });
     const std::int64_t x_stride = kPanels ? kTileRowBytes : 4 * x_.tile_rows();
     const std::int64_t next_rows = steps_.size() * x_.tile_size();
-    const BFloat16* x = share_.x + x_.offset(row, {steps_.first, steps_.end});
+    const BFloat16* x = share_.x + x_.offset(row, steps_);
     const auto multiply_step = [&](const BFloat16* w, std::int64_t tile, std::int64_t row_bytes) {
       load_tile<kWeightTile>(w, row_bytes);
       load_tile<kXTile>(x, x_stride);
@@ -278,18 +292,19 @@ class TileProduct {
       }
       x += x_.tile_size();
     };
-    const std::int64_t line = weights_at(n, 0).line, line_step = weights_at(n, 0).step;
-    const Weights from = weights;
-    const Prefetch ahead = prefetch;
-    const bool copied = from.first == copies_[0][0][0];
-    const std::int64_t steps = copied ? steps_.size() : whole_steps_;
-    for (std::int64_t step = 0; step < steps; ++step) {
-      const BFloat16* lines = (step < ahead.wrap ? ahead.from : ahead.wrapped) + step * line_step;
-      for (std::int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(lines + i * line, 0, 2);
-      multiply_step(from.first + step * from.step, from.tile, 2 * from.row);
+    if (last_) prefetch_out(row, kTiles, n);
+    const Weights in_memory = weights_at(n, 0);
+    const std::int64_t whole = whole_steps_;
+    for (std::int64_t step = 0; step < whole; ++step) {
+      const BFloat16* lines = step < prefetch.wrap ? prefetch.from : prefetch.wrapped;
+      lines += step * in_memory.step;
+      for (std::int64_t i = 0; i < prefetch.lines; ++i, lines += in_memory.line) {
+        __builtin_prefetch(lines, 0, 2);
+      }
+      multiply_step(weights.first + step * weights.step, weights.tile, 2 * weights.row);
     }
-    if (steps < steps_.size()) {
-      multiply_step(copies_[steps][0][0], kTileSide * kTileDepth, kTileRowBytes);
+    if (whole < steps_.size()) {
+      multiply_step(copies_[whole][0][0], kTileSide * kTileDepth, kTileRowBytes);
     }
     alignas(64) float out[kTiles * 2 * kTileFloats];
     float* to = last_ ? out : sums;
@@ -300,6 +315,15 @@ class TileProduct {
     for_each_sum(kTiles, [&]<int kW, int kX>() {
       write((row + kX) * kTileSide, n + kW * kTileSide, out + sum_tile(kW, kX) * kTileFloats);
     });
+  }
+
+  void prefetch_out(std::int64_t row, std::int64_t row_blocks, std::int64_t n) const {
+    const std::int64_t end = smaller((row + row_blocks) * kTileSide, share_.num_rows);
+    for (std::int64_t i = row * kTileSide; i < end; ++i) {
+      const float* out = share_.out + i * share_.out_stride + n;
+      __builtin_prefetch(out, 1, 3);
+      __builtin_prefetch(out + kTileSide, 1, 3);
+    }
   }
 
   // The outputs from n on, of the rows from `row` on: a tile of sums, or what there is of it.
@@ -321,14 +345,15 @@ class TileProduct {
   }
 
   static constexpr std::int64_t kCachedElements = 512 * 1024;  // of x: 1 MiB
-  static constexpr std::int64_t kStepsAhead = 4;
+  static constexpr std::int64_t kFewRows = 64, kStepsAhead = 4;
 
   const MatmulShare<BFloat16, BFloat16>& share_;
   const PackedX x_;
   Range rows_{}, outputs_{};    // of a call of multiply: blocks of 16 rows, and outputs
-  Range steps_{};               // of a block of the depth,
-  std::int64_t whole_steps_{};  // of them those without an end of a row,
-  bool first_{}, last_{};       // and whether it is the first or last block
+  bool few_rows_{};             // no more than kFewRows
+  Range steps_{};               // of a block of the depth, which is
+  bool first_{}, last_{};       // the first or last one,
+  std::int64_t whole_steps_{};  // and of them those to be multiplied from where prepare() says
   alignas(64) BFloat16 copies_[kPackedSteps][2][kTileSide][kTileDepth];
 };
 
