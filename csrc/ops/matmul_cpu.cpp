@@ -69,7 +69,7 @@ void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, 
   if constexpr (std::is_same_v<X, BFloat16>) {
     if (product.pack) {
       operand = pack(ctx, x, product.pack);
-      most_outputs = std::min(x.rows > 64 ? by_threads : most_outputs, kMostPackedOutputs);
+      most_outputs = std::min(by_threads, kMostPackedOutputs);
       most_outputs = std::max(multiple, most_outputs);
     }
   }

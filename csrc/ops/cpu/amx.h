@@ -22,6 +22,10 @@ inline constexpr std::int64_t kTileSide = 16;              // rows, columns, or 
 inline constexpr std::int64_t kTileDepth = 2 * kTileSide;  // elements of k
 inline constexpr std::int64_t kTileRowBytes = 64, kTileFloats = kTileSide * kTileSide;
 
+// Numbers of registers, for what is done to several of them.
+template <int... kNumbers>
+struct Indices {};
+
 // What ldtilecfg reads.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -10,10 +10,17 @@
 // panel, add. An output element has one accumulator over ascending k, in one lane, whatever the
 // number of rows; a row's instructions depend on its own position only (DESIGN 4.2).
 //
+// On AMX both panels are right operands as they are, and a product adds up 32 elements of k at a time
+// (amx.h): of the keys where head_dim is made of such steps, of the values where a row sees all of a
+// tile.
+//
 // A score outside a row's range is replaced by -inf, whatever it is. Values outside it are not
 // multiplied: their slots may hold anything.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "ops/cpu/amx.h"
+#endif
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/simd.h"
 
@@ -26,9 +33,10 @@ inline constexpr int kTileVectors = kTile / kLanes;
 // How the two products multiply. Generic: in float32, keys and values widened exactly.
 template <typename Kv>
 struct Products {
-  using Element = float;                // of the panels, and of what they are multiplied with
-  static constexpr int kPair = 1;       // successive elements of k that one step consumes
-  static constexpr int kLoad = kLanes;  // elements of Kv in one vector
+  static constexpr bool kTiles = false;  // whether product_tiles() is to be used where it can
+  using Element = float;                 // of the panels, and of what they are multiplied with
+  static constexpr int kPair = 1;        // successive elements of k that one step consumes
+  static constexpr int kLoad = kLanes;   // elements of Kv in one vector
 
   TINYVLLM_INLINE static Float load_row(const Kv* p) { return load(p); }
   TINYVLLM_INLINE static Float load_row(const Kv* p, std::int64_t count) {
@@ -62,6 +70,11 @@ struct Products {
 // total is that of the rounded ones, so that the result is a true weighted mean.
 template <>
 struct Products<BFloat16> {
+#if defined(__AMX_BF16__)
+  static constexpr bool kTiles = true;
+#else
+  static constexpr bool kTiles = false;
+#endif
   using Element = BFloat16;
   static constexpr int kPair = 2;
   static constexpr int kLoad = 32;
@@ -186,6 +199,47 @@ void product(const typename P::Element* a, std::int64_t a_stride, const typename
   if (v < vectors) strip.template operator()<1>(v);
 }
 
+#if defined(__AMX_BF16__)
+// The same on AMX, for k_tiles steps of 32 elements of k.
+template <bool kFromZero>
+void product_tiles(const BFloat16* a, std::int64_t a_stride, const BFloat16* panel,
+                   std::int64_t panel_stride, std::int64_t k_tiles, float* c, std::int64_t c_stride,
+                   std::int64_t rows, std::int64_t vectors) {
+  constexpr int kLeft = 4, kRight = 5;  // 0 to 3: sums of four vectors of columns
+  std::int64_t configured = 0;
+  for (std::int64_t r = 0; r < rows; r += kTileSide) {
+    const std::int64_t tile_rows = rows - r < kTileSide ? rows - r : kTileSide;
+    if (tile_rows != configured) {
+      TileConfig config;
+      for (int tile = 0; tile < kRight; ++tile) config.set(tile, tile_rows, kTileRowBytes);
+      config.set(kRight, kTileSide, kTileRowBytes);
+      configure_tiles(config);
+      configured = tile_rows;
+    }
+    const auto strip = [&]<int... kSums>(std::int64_t v, Indices<kSums...>) {
+      float* out = c + r * c_stride + v * kTileSide;
+      const std::int64_t out_bytes = c_stride * 4;
+      if constexpr (kFromZero) {
+        (zero_tile<kSums>(), ...);
+      } else {
+        (load_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
+      }
+      for (std::int64_t k = 0; k < k_tiles; ++k) {
+        load_tile<kLeft>(a + r * a_stride + k * kTileDepth, a_stride * 2);
+        const BFloat16* right = panel + k * kTileSide * panel_stride + v * kTileDepth;
+        ((load_tile<kRight>(right + kSums * kTileDepth, panel_stride * 2),
+          multiply_tiles<kSums, kLeft, kRight>()),
+         ...);
+      }
+      (store_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
+    };
+    std::int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) strip(v, Indices<0, 1, 2, 3>{});
+    for (; v < vectors; ++v) strip(v, Indices<0>{});
+  }
+}
+#endif
+
 // The work on one share, tile by tile.
 template <typename Kv>
 class Attention {
@@ -274,9 +328,8 @@ class Attention {
       pack(any, values_ahead, [&]<bool kWhole>(std::int64_t j) {
         pack_keys<kWhole>(share_.keys + head * head_stride(), offsets, j, any);
       });
-      product<P, true>(query_ + row * columns_, columns_, panel_ + column * P::kPair,
-                       kTile * P::kPair, steps(), scores_ + row * kTile + column, kTile, head_rows_,
-                       any.last / kLanes + 1 - column / kLanes);
+      score(query_ + row * columns_, panel_ + column * P::kPair, scores_ + row * kTile + column,
+            any.last / kLanes + 1 - column / kLanes);
     }
     const std::int64_t next_tile = tile + kTile;
     Range next = {seen(0, next_tile).first, seen(share_.num_tokens - 1, next_tile).last};
@@ -285,33 +338,91 @@ class Attention {
     if (!next.empty()) locate(next_tile, next, next_offsets);
     located_ = next_tile;
     Ahead keys_ahead{share_.keys, next_offsets, next, 0};
-    const Range common = common_steps({newest.first, oldest.last});
+    const Range whole = tokens_that_see_all(tile);
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       pack(any, keys_ahead, [&]<bool kWhole>(std::int64_t j) {
         pack_values<kWhole>(share_.values + head * head_stride(), offsets, j, any);
       });
       const std::int64_t row = head * head_rows_;
-      const auto for_each_token = [&](auto&& f) {
-        for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
-          const Range range = seen(token, tile);
-          if (!range.empty()) f(row + token * share_.group, range);
-        }
-      };
-      for_each_token([&](std::int64_t r, Range range) {
+      for (std::int64_t token = 0; token < share_.num_tokens; ++token) {
+        const Range range = seen(token, tile);
+        if (range.empty()) continue;
+        const std::int64_t r = row + token * share_.group;
         for (std::int64_t i = 0; i < share_.group; ++i) weigh(r + i, range);
+      }
+      add_values_of(row, tile, {0, whole.first - 1});
+      add_all_values(row + whole.first * share_.group,
+                     (whole.last - whole.first + 1) * share_.group);
+      add_values_of(row, tile, {whole.last + 1, share_.num_tokens - 1});
+    }
+  }
+
+  // Where there are tiles, the tokens that see all of this one's positions, so that their values are
+  // to be added with add_all_values. None: an empty range behind the last token.
+  Range tokens_that_see_all(std::int64_t tile) const {
+    Range whole = {share_.num_tokens, share_.num_tokens - 1};
+    if (!P::kTiles) return whole;
+    for (std::int64_t token = share_.num_tokens - 1; token >= 0; --token) {
+      if (!seen(token, tile).all()) {
+        if (whole.empty()) continue;
+        break;
+      }
+      if (whole.empty()) whole.last = token;
+      whole.first = token;
+    }
+    return whole;
+  }
+
+  // The scores of one head's rows, for some vectors of positions.
+  void score(const Element* query, const Element* panel, float* scores,
+             std::int64_t vectors) const {
+#if defined(__AMX_BF16__)
+    if constexpr (P::kTiles) {
+      if (share_.head_dim % kTileDepth == 0) {
+        return product_tiles<true>(query, columns_, panel, kTile * P::kPair,
+                                   share_.head_dim / kTileDepth, scores, kTile, head_rows_,
+                                   vectors);
+      }
+    }
+#endif
+    product<P, true>(query, columns_, panel, kTile * P::kPair, steps(), scores, kTile, head_rows_,
+                     vectors);
+  }
+
+  // sums[r] += weights[r] values, of all positions of the tile.
+  void add_all_values([[maybe_unused]] std::int64_t r, [[maybe_unused]] std::int64_t rows) const {
+#if defined(__AMX_BF16__)
+    if constexpr (P::kTiles) {
+      product_tiles<false>(weights_of(r), kWeightStride, panel_, columns_ * P::kPair,
+                           kTile / kTileDepth, share_.out.sums + r * columns_, columns_, rows,
+                           columns_ / kTileSide);
+    }
+#endif
+  }
+
+  // The same for some tokens, of what each of them sees. In ascending order: what only some see, what
+  // all see, what only some see.
+  void add_values_of(std::int64_t row, std::int64_t tile, Range tokens) {
+    if (tokens.empty()) return;
+    const Range oldest = seen(tokens.first, tile), newest = seen(tokens.last, tile);
+    const Range common = common_steps({newest.first, oldest.last});
+    const auto for_each_token = [&](auto&& f) {
+      for (std::int64_t token = tokens.first; token <= tokens.last; ++token) {
+        const Range range = seen(token, tile);
+        if (!range.empty()) f(row + token * share_.group, range);
+      }
+    };
+    if (oldest.first < common.first) {
+      for_each_token([&](std::int64_t r, Range range) {
+        add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)});
       });
-      // In ascending order: what only some see, what all see, what only some see.
-      if (any.first < common.first) {
-        for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {range.first, smaller(range.last, common.first - 1)});
-        });
-      }
-      add_values(row, head_rows_, common);
-      if (any.last > common.last) {
-        for_each_token([&](std::int64_t r, Range range) {
-          add_values(r, share_.group, {larger(range.first, common.last + 1), range.last});
-        });
-      }
+    }
+    add_values(row + tokens.first * share_.group, (tokens.last - tokens.first + 1) * share_.group,
+               common);
+    if (newest.last > common.last) {
+      for_each_token([&](std::int64_t r, Range range) {
+        add_values(r, share_.group, {larger(range.first, common.last + 1), range.last});
+      });
     }
   }
 
@@ -510,17 +621,21 @@ class Attention {
     store(totals, P::store_weights(scores, row, load(totals)));
   }
 
+  // Weights lie at the start of a row of scores, in the size of their type.
+  static constexpr std::int64_t kWeightStride =
+      kTile * static_cast<std::int64_t>(sizeof(float)) / static_cast<std::int64_t>(sizeof(Element));
+  const Element* weights_of(std::int64_t r) const {
+    return reinterpret_cast<const Element*>(scores_ + r * kTile);
+  }
+
   // sums[r] += weights[r] values, over the range only.
   void add_values(std::int64_t r, std::int64_t rows, Range range) {
     if (range.empty()) return;
-    // Weights lie at the start of a row of scores, in the size of their type.
-    const auto* weights = reinterpret_cast<const Element*>(scores_ + r * kTile);
-    constexpr std::int64_t kStride = kTile * static_cast<std::int64_t>(sizeof(float)) /
-                                     static_cast<std::int64_t>(sizeof(Element));
+    const Element* weights = weights_of(r);
     float* sums = share_.out.sums + r * columns_;
     const auto add = [&](std::int64_t step, std::int64_t steps, const Element* panel) {
-      product<P, false>(weights + step * P::kPair, kStride, panel, columns_ * P::kPair, steps, sums,
-                        columns_, rows, columns_ / kLanes);
+      product<P, false>(weights + step * P::kPair, kWeightStride, panel, columns_ * P::kPair, steps,
+                        sums, columns_, rows, columns_ / kLanes);
     };
     std::int64_t step = range.first / P::kPair;
     std::int64_t last = range.last / P::kPair;
@@ -566,6 +681,9 @@ class Attention {
 template <typename Kv>
 void attention(const AttentionShare<Kv>& share) {
   Attention<Kv>(share).run();
+#if defined(__AMX_BF16__)
+  release_tiles();
+#endif
 }
 
 inline void attention_merge(const AttentionState& into, const AttentionState& from,
