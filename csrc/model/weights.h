@@ -1,6 +1,6 @@
 // The weights of a Llama-family model, found by their names in a checkpoint.
 //
-// A matrix is used where it lies in the mapped file wherever its dtype allows (DESIGN 5):
+// A matrix is used where it lies in the mapped file wherever its dtype allows:
 //
 //   file      compute bfloat16       compute float32
 //   bfloat16  as it lies             as it lies, widened in registers

@@ -13,8 +13,8 @@
 //
 // Prefill chunks and decode tokens are the same thing here: a token reads K and V back from the
 // pool, in tiles aligned to absolute position and splits cut at fixed positions, so its result
-// depends neither on its batch nor on how its prompt was cut into chunks (DESIGN 4.2). Slots
-// outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
+// depends neither on its batch nor on how its prompt was cut into chunks (docs/promises.md, 2).
+// Slots outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
 #pragma once
 
 #include <cstddef>
