@@ -45,13 +45,7 @@ class CpuTimer {
 EngineConfig checked(const EngineConfig& config) {
   require(config.block_size >= 1 && config.block_size <= 4096, "block_size", config.block_size,
           "from 1 to 4096 tokens");
-  require(config.max_num_seqs >= 1 && config.max_num_seqs <= 65536, "max_num_seqs",
-          config.max_num_seqs, "from 1 to 65536");
-  require(config.max_num_batched_tokens >= config.max_num_seqs &&
-              config.max_num_batched_tokens <= 1 << 20,
-          "max_num_batched_tokens", config.max_num_batched_tokens,
-          "at least max_num_seqs, which is " + std::to_string(config.max_num_seqs) +
-              ", and at most 1048576");
+  check_batch_limits(config.max_num_seqs, config.max_num_batched_tokens);
   if (config.num_blocks) {
     require(*config.num_blocks >= 1 && *config.num_blocks <= INT32_MAX, "num_gpu_blocks_override",
             *config.num_blocks, "at least 1");
@@ -91,6 +85,15 @@ bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
 }
 
 }  // namespace
+
+void check_batch_limits(std::int64_t max_num_seqs, std::int64_t max_num_batched_tokens) {
+  require(max_num_seqs >= 1 && max_num_seqs <= 65536, "max_num_seqs", max_num_seqs,
+          "from 1 to 65536");
+  require(
+      max_num_batched_tokens >= max_num_seqs && max_num_batched_tokens <= 1 << 20,
+      "max_num_batched_tokens", max_num_batched_tokens,
+      "at least max_num_seqs, which is " + std::to_string(max_num_seqs) + ", and at most 1048576");
+}
 
 Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
     : config_(checked(config)),

@@ -136,11 +136,9 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
             "max_position_embeddings."
         )
     num_seqs, step_tokens = options["max_num_seqs"], options["max_num_batched_tokens"]
-    if step_tokens is not None and step_tokens < num_seqs:
-        raise InvalidRequestError(
-            f"max_num_batched_tokens is {step_tokens}; it must be at least max_num_seqs, which is "
-            f"{num_seqs}."
-        )
+    if step_tokens is None:
+        step_tokens = max(2048, num_seqs)
+    _core.check_batch_limits(num_seqs, step_tokens)
     room = _room(options, program)
     if options["repack_weights"] and room.device == "cuda":
         _core.refuse_repacked_weights()
@@ -149,7 +147,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         device=room.device,
         max_model_len=asked,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=step_tokens or max(2048, num_seqs),
+        max_num_batched_tokens=step_tokens,
         repack_weights=options["repack_weights"],
     )
     plan = make_plan(config, tensors, limits, memory=room.memory, program=room.program)

@@ -52,6 +52,8 @@ class Count(click.ParamType):
                 raise ValueError
         except (ValueError, OverflowError):
             self.fail(f"{text!r} is not a whole number such as 512, 2k or 2K.", param, ctx)
+        if number >= 1 << 63:
+            self.fail(f"{text!r} is too large.", param, ctx)
         return int(number)
 
 
