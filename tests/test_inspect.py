@@ -92,7 +92,7 @@ def test_the_plan_is_what_a_running_process_shows_as_resident(
     )
     assert result.returncode == 0, result.stderr
     resident = int(result.stdout)
-    assert memory["resident"] == pytest.approx(resident, rel=0.10)
+    assert memory["needed"] == pytest.approx(resident, rel=0.10)
 
 
 def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:

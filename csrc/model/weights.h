@@ -8,7 +8,7 @@
 //   float32   copied to bfloat16     as it lies
 //
 // Norm weights and biases are small: they are copied to float32. A tensor that is not aligned to
-// its own element size is copied, too.
+// its own element size is copied, too. Of what has been copied the process drops the file's pages.
 #pragma once
 
 #include <cstddef>

@@ -70,7 +70,7 @@ class MemoryPlan:
     program: int
     mapped_weights: int  # used where they lie
     copied_weights: int
-    passed_weights: int  # mapped and read once, to be copied; the system may take them back
+    passed_weights: int  # read once, to be copied; their pages are given back
     activations: int
     kv_bytes_per_token: int
     kv_tokens: int  # that the cache can hold
@@ -93,13 +93,8 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """What cannot be done without, when the KV cache is full."""
+        """What is resident when the KV cache is full."""
         return self.without_kv_cache + self.kv_cache
-
-    @property
-    def resident(self) -> int:
-        """What the process shows as resident then, where memory is not short."""
-        return self.needed + self.passed_weights
 
     @property
     def full_length_sequences(self) -> int:

@@ -339,7 +339,6 @@ def _memory(plan: MemoryPlan, limits: Limits, room: _Room) -> dict[str, Any]:
         "asked_model_len": plan.asked_model_len,
         "full_length_sequences": plan.full_length_sequences,
         "needed": plan.needed,
-        "resident": plan.resident,
         "fits": plan.fits,
     }
 
@@ -448,8 +447,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "memory",
-                f"{'':<12}{_size(memory['passed_weights']):>10}  more are read once, to be copied, "
-                "and stay resident while there is room",
+                f"{'':<12}{_size(memory['passed_weights']):>10}  more are read once, to be copied",
             )
         )
     if memory["default_kv_tokens"] > memory["kv_tokens"] > 0:
