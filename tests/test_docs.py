@@ -30,7 +30,7 @@ def test_cli_md_is_what_the_commands_say() -> None:
 
 
 def commands() -> Iterator[click.Command]:
-    from tinyvllm.cli import cli
+    from tinyvllm.cli.program import cli
 
     def walk(command: click.Command) -> Iterator[click.Command]:
         yield command

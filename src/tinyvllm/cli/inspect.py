@@ -19,7 +19,7 @@ from tinyvllm.cli.model_options import (
     hub_options,
     named_shape,
 )
-from tinyvllm.cli.options import Command, Count, option
+from tinyvllm.cli.options import Command, Count, ModelName, option
 from tinyvllm.cli.terminal import Output, printable
 from tinyvllm.errors import CapacityError, DeviceError, InvalidRequestError
 from tinyvllm.memory_plan import (
@@ -62,7 +62,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", required=False, metavar="[MODEL]")
+@click.argument("model", required=False, type=ModelName(), metavar="[MODEL]")
 @hub_options
 @option(
     "--memory",

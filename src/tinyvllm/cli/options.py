@@ -57,6 +57,17 @@ class Count(click.ParamType):
         return int(number)
 
 
+class ModelName(click.ParamType):
+    """A directory or a hub model. An empty text, such as of an unset variable, names none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("it is empty. Leave it out for the bundled story model.", param, ctx)
+        return str(value)
+
+
 class Lengths(click.ParamType):
     """Numbers as llama-bench takes them: 512,128, or the ranges 1-8, 128-512+128, 1-4096*2."""
 
