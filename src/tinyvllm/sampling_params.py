@@ -95,13 +95,17 @@ class SamplingParams:
         )
 
 
-def _integer(name: str, value: Any, bits: int) -> int:
+def _whole(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise InvalidRequestError(f"{name} is {value!r}; it must be a whole number.") from None
+
+
+def _integer(name: str, value: Any, bits: int) -> int:
+    number = _whole(name, value)
     if not -(1 << bits) <= number < 1 << bits:
         raise InvalidRequestError(f"{name} is {number}; it does not fit in {bits + 1} bits.")
     return number
@@ -112,17 +116,19 @@ def _optional(name: str, value: Any) -> int | None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        try:
-            value = float(value.__float__())  # numpy's scalars
-        except (AttributeError, TypeError, ValueError):
-            raise InvalidRequestError(f"{name} is {value!r}; it must be a number.") from None
-    return float(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value.__float__())  # numpy's scalars have it, texts have not
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be a number.") from None
+    except OverflowError:
+        raise InvalidRequestError(f"{name} is {value!r:.60}; it is too large.") from None
 
 
 def _seed(value: Any) -> int:
-    seed = _integer("seed", value, 64)
-    if seed < 0:
+    seed = _whole("seed", value)
+    if not 0 <= seed < 1 << 64:
         raise InvalidRequestError(f"seed is {seed}; it must be from 0 to 2^64 - 1.")
     return seed
 
