@@ -237,6 +237,8 @@ def test_a_file_may_have_the_form_of_a_request(llm: LLM, tmp_path: Path) -> None
         ('[{"role": "user"}]', "message 1: the content is None"),
         ('[{"role": "user", "content": [{"type": "image_url"}]}]', "parts that are no text"),
         ('[{"role": "pirate", "content": "Ahoy"}]', "unknown role: pirate"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "half a character"),
+        ('[{"role": "user", "content": "x", "y": ' + "[" * 700 + "]" * 700 + "}]", "too deep"),
     ],
 )
 def test_a_file_that_is_no_conversation_changes_nothing(

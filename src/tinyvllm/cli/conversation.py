@@ -89,7 +89,16 @@ class Conversation:
                 f"{path}: no list of messages. It must look like "
                 '[{"role": "user", "content": "Hello"}, ...].'
             )
-        self._replace([_message(item, f"{path}: message {i}") for i, item in enumerate(value, 1)])
+        messages = [_message(item, f"{path}: message {i}") for i, item in enumerate(value, 1)]
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()  # as `save` will
+            self._replace(messages)
+        except RecursionError:
+            raise InvalidRequestError(f"{path}: its lists lie too deep in each other.") from None
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                f"{path}: holds half a character (half a surrogate pair). Take it out."
+            ) from None
 
     def save(self, path: Path) -> None:
         """Writes the messages, wholly or not at all."""
