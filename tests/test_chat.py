@@ -252,6 +252,22 @@ def test_a_file_that_is_no_conversation_changes_nothing(
     assert conversation.messages == [{"role": "system", "content": "Be kind."}]
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/talk.json", "a\0b"])
+def test_a_file_name_that_cannot_be_is_no_end_of_the_conversation(llm: LLM, name: str) -> None:
+    from tinyvllm.cli import chat
+
+    conversation = Conversation(llm.get_tokenizer())
+    with pytest.raises(InvalidRequestError, match="cannot"):
+        conversation.save(chat._path(name))
+
+
+def test_a_system_prompt_that_is_no_text_is_refused(llm: LLM) -> None:
+    conversation = Conversation(llm.get_tokenizer(), system="Be kind.")
+    with pytest.raises(InvalidRequestError, match="half a character"):
+        conversation.set_system("\udcff")
+    assert conversation.system == "Be kind."
+
+
 def test_a_failed_save_leaves_the_old_file(llm: LLM, tmp_path: Path) -> None:
     conversation = Conversation(llm.get_tokenizer())
     with pytest.raises(InvalidRequestError, match="cannot be written"):

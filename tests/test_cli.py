@@ -293,6 +293,29 @@ def test_a_full_disk_is_exit_1(model: str) -> None:
     assert process.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["-p", "x", "-n", "3", "--stats"], 0),
+        (["-p", "x", "-n", "0"], 2),
+        (["-p", "x", "--no-such-option"], 2),
+        (["-m", "/no/such/model", "-p", "x"], 3),
+    ],
+)
+def test_what_cannot_be_said_on_stderr_changes_no_exit_code(
+    model: str, arguments: list[str], code: int
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [*COMMAND, "generate", "-m", model, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=60,
+        )
+    assert result.returncode == code
+    assert bool(result.stdout) == (code == 0)
+
+
 def test_closed_stdout_is_exit_1(model: str) -> None:
     result = subprocess.run(
         long_run(model), stderr=subprocess.PIPE, timeout=60, preexec_fn=lambda: os.close(1)

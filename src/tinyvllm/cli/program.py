@@ -13,7 +13,7 @@ with importing():
     import click
     from click.shell_completion import CompletionItem
 
-    from tinyvllm.cli.terminal import Stopped, handle_signals
+    from tinyvllm.cli.terminal import Stopped, handle_signals, telling
     from tinyvllm.errors import TinyvllmError
 
 # Title -> command -> what it does. `run-batch` is `command` in the module run_batch, and so on.
@@ -122,7 +122,8 @@ def _exit_code() -> int:
         result = cli.main(prog_name="tinyvllm", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
+        with telling():
+            error.show()
         return error.exit_code
     except TinyvllmError as error:
         return _fail(str(error), error.exit_code)
@@ -144,5 +145,6 @@ def _exit_code() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"tinyvllm: error: {message}", err=True)
+    with telling():
+        click.echo(f"tinyvllm: error: {message}", err=True)
     return code
