@@ -217,6 +217,11 @@ def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
     assert rows == ["weights", "KV", "workspace", "free"]
 
 
+def test_a_length_beyond_the_models_is_refused_before_memory_is_taken_for_it(model: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"max_model_len is \d+; .* at most 256"):
+        _core.Engine(model, device="cuda", max_model_len=2**62)
+
+
 # --- The memory plan ------------------------------------------------------------------------------
 
 STATS = """

@@ -66,6 +66,16 @@ EngineConfig checked(const EngineConfig& config) {
   return config;
 }
 
+// The same, held against the model. Before its weights are loaded, and memory is taken for it.
+const EngineConfig& checked_for(const ModelConfig& model, const EngineConfig& config) {
+  const std::int64_t own = model.max_position_embeddings;
+  if (config.max_model_len) {
+    require(*config.max_model_len <= own, "max_model_len", *config.max_model_len,
+            "at most " + std::to_string(own) + ", the model's max_position_embeddings");
+  }
+  return config;
+}
+
 // A request without a seed gets one from the engine's seed and its arrival number.
 std::uint64_t derived_seed(std::uint64_t engine_seed, std::uint64_t arrival) {
   const auto words = philox(
@@ -100,7 +110,7 @@ Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
       trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
-      runner_(make_runner(checkpoint_, config, eos_token_ids_)),
+      runner_(make_runner(checkpoint_, checked_for(checkpoint_.config(), config), eos_token_ids_)),
       kv_shape_(make_kv_cache()),
       max_model_len_(choose_max_model_len()),
       prefix_cache_(kv_shape_.num_blocks, config.prefix_hash_mask),
@@ -129,8 +139,7 @@ KvShape Engine::choose_kv_shape() const {
   }
   const std::int64_t bytes_per_block = shape.bytes_per_block();
   const std::int64_t budget = config_.kv_cache_memory_bytes.value_or(runner_->kv_cache_budget());
-  const std::int64_t own = model.max_position_embeddings;
-  const std::int64_t longest = std::min(own, config_.max_model_len.value_or(own));
+  const std::int64_t longest = config_.max_model_len.value_or(model.max_position_embeddings);
   const std::int64_t blocks_a_sequence = (longest + config_.block_size - 1) / config_.block_size;
   const std::int64_t affordable = std::min<std::int64_t>(budget / bytes_per_block, INT32_MAX);
   if (affordable < 1) {
@@ -164,8 +173,6 @@ std::int64_t Engine::choose_max_model_len() const {
   const std::int64_t pool_tokens = kv_shape_.num_blocks * kv_shape_.block_size;
   if (!config_.max_model_len) return std::min(own, pool_tokens);
   const std::int64_t wanted = *config_.max_model_len;
-  require(wanted <= own, "max_model_len", wanted,
-          "at most " + std::to_string(own) + ", the model's max_position_embeddings");
   if (wanted > pool_tokens) {
     const std::int64_t bytes_per_token = kv_shape_.bytes_per_block() / kv_shape_.block_size;
     throw CapacityError(
