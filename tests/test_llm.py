@@ -199,6 +199,27 @@ def test_an_unknown_argument_names_the_nearest(directory: Path) -> None:
         LLM(directory, max_modellen=5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_model_len", 2**70),
+        ("max_num_seqs", 2.5),
+        ("max_num_batched_tokens", "4"),
+        ("block_size", True),
+        ("num_threads", 2**40),
+        ("kv_cache_memory_bytes", 1.5e9),
+        ("gpu_memory_utilization", "half"),
+        ("dtype", 16),
+        ("device", 0),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(directory: Path, name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} is "):
+        LLM(directory, **{name: value})
+
+
 def test_what_vllm_has_is_accepted_at_its_neutral_value_only(directory: Path) -> None:
     LLM(directory, tensor_parallel_size=1, trust_remote_code=False).close()
     with pytest.raises(InvalidRequestError, match="tensor_parallel_size is 2"):
