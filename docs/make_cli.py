@@ -10,6 +10,7 @@ from textwrap import dedent
 import click
 
 import tinyvllm.cli
+from tinyvllm.cli.program import cli
 
 TARGET = Path(__file__).parent / "cli.md"
 
@@ -22,18 +23,17 @@ _HEAD = """\
 
 def text() -> str:
     """The whole page."""
-    root = tinyvllm.cli.cli
-    context = _context(root, "tinyvllm", None)
+    context = _context(cli, "tinyvllm", None)
     exit_codes = inspect.cleandoc(tinyvllm.cli.__doc__ or "").partition("\n\n")[2]
     what, _, codes = exit_codes.partition("\n\n")
     lines = [
         _HEAD,
-        *_page(root, context),
+        *_page(cli, context),
         "### Exit codes\n",
         what + "\n",
         f"```\n{dedent(codes)}\n```\n",
     ]
-    for command, child in _subcommands(root, context):
+    for command, child in _subcommands(cli, context):
         lines += _page(command, child)
     return "\n".join(lines)
 

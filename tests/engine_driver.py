@@ -48,7 +48,7 @@ class Record:
     error: Exception | None = None
 
     def result(self) -> Any:
-        """All that promise 2 says may not depend on anything else."""
+        """All that docs/promises.md, 2, says may not depend on anything else."""
         return [dataclasses.astuple(output) for output in self.outputs], self.prompt_logprobs
 
 
@@ -134,7 +134,7 @@ class Driver:
             self.step()
         return self.records[request]
 
-    # --- The books (DESIGN 4.4 and 4.5) -----------------------------------------------------------
+    # --- The books (docs/promises.md, 4 and 5) ----------------------------------------------------
 
     def checked_step(self) -> None:
         before, stats_before = self.engine.snapshot(), self.engine.stats()

@@ -1,4 +1,4 @@
-"""Runs Transformers as the second opinion, and holds the criteria of DESIGN 4.1 as functions.
+"""Runs Transformers as the second opinion; the criteria of docs/promises.md, 1, as functions.
 
 `Oracle` gives the logits and the greedy tokens that Transformers computes with eager attention.
 The criteria below it are plain numpy, so that the golden tests use the same ones without torch.

@@ -1,4 +1,5 @@
-"""Promise 2 through the engine: what a request gets depends on nothing around it, bit for bit.
+"""docs/promises.md, 2, through the engine: what a request gets depends on nothing around it, bit
+for bit.
 
 Every request runs alone first, in an engine that shares nothing. Then all run together in engines
 that batch, chunk, share, preempt and thread differently; tokens and logprobs must be the same.

@@ -212,7 +212,7 @@ def test_rows_of_whole_processes(models: Path, measures: str) -> None:
         assert peer["agreement"] is None or peer["agreement"]["identical"] == 1
         assert len(peer["values"]) == 2
         assert all(value > 0 for value in peer["values"])
-    low, high = (1 << 20, 1 << 32) if measures == "memory" else (0.01, 60)
+    low, high = (1 << 20, 1 << 32) if measures == "memory" else (0.001, 60)
     assert low < result["peers"][0]["median"] < high
 
 

@@ -1,5 +1,5 @@
 """BlockPool and the prefix cache in it, driven by hypothesis: exact bookkeeping after every step
-(DESIGN 4.4), and which block comes next."""
+(docs/promises.md, 4), and which block comes next."""
 
 from __future__ import annotations
 

@@ -237,6 +237,8 @@ def test_a_file_may_have_the_form_of_a_request(llm: LLM, tmp_path: Path) -> None
         ('[{"role": "user"}]', "message 1: the content is None"),
         ('[{"role": "user", "content": [{"type": "image_url"}]}]', "parts that are no text"),
         ('[{"role": "pirate", "content": "Ahoy"}]', "unknown role: pirate"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "half a character"),
+        ('[{"role": "user", "content": "x", "y": ' + "[" * 700 + "]" * 700 + "}]", "too deep"),
     ],
 )
 def test_a_file_that_is_no_conversation_changes_nothing(
@@ -248,6 +250,22 @@ def test_a_file_that_is_no_conversation_changes_nothing(
     with pytest.raises(InvalidRequestError, match=complaint):
         conversation.load(path)
     assert conversation.messages == [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/talk.json", "a\0b"])
+def test_a_file_name_that_cannot_be_is_no_end_of_the_conversation(llm: LLM, name: str) -> None:
+    from tinyvllm.cli import chat
+
+    conversation = Conversation(llm.get_tokenizer())
+    with pytest.raises(InvalidRequestError, match="cannot"):
+        conversation.save(chat._path(name))
+
+
+def test_a_system_prompt_that_is_no_text_is_refused(llm: LLM) -> None:
+    conversation = Conversation(llm.get_tokenizer(), system="Be kind.")
+    with pytest.raises(InvalidRequestError, match="half a character"):
+        conversation.set_system("\udcff")
+    assert conversation.system == "Be kind."
 
 
 def test_a_failed_save_leaves_the_old_file(llm: LLM, tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ def test_a_terminal_without_a_prompt_is_a_usage_error(model: str) -> None:
         (["-p", "x", "--top-p", "1.5"], b"", ("top_p", "1.5")),
         (["-p", "x", "-n", "0"], b"", ("max_tokens", "0")),
         (["-p", "x", "-n", "1.5k!"], b"", ("1.5k!",)),
+        (["-p", "x", "-n", "9" * 20], b"", ("9" * 20, "too large")),
+        (["-p", "x", "-m", ""], b"", ("--model", "empty")),
         (["-p", "x", "--max-model-len", "1G"], b"", ("1073741824", "4096")),
         (["-p", "x", "--no-such-option"], b"", ("--no-such-option",)),
         (["-p", "x", "--generation-config", "/no/file"], b"", ("/no/file",)),
@@ -291,12 +293,58 @@ def test_a_full_disk_is_exit_1(model: str) -> None:
     assert process.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["-p", "x", "-n", "3", "--stats"], 0),
+        (["-p", "x", "-n", "0"], 2),
+        (["-p", "x", "--no-such-option"], 2),
+        (["-m", "/no/such/model", "-p", "x"], 3),
+    ],
+)
+def test_what_cannot_be_said_on_stderr_changes_no_exit_code(
+    model: str, arguments: list[str], code: int
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [*COMMAND, "generate", "-m", model, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=60,
+        )
+    assert result.returncode == code
+    assert bool(result.stdout) == (code == 0)
+
+
 def test_closed_stdout_is_exit_1(model: str) -> None:
     result = subprocess.run(
         long_run(model), stderr=subprocess.PIPE, timeout=60, preexec_fn=lambda: os.close(1)
     )
     assert result.returncode == 1
     assert b"standard output is closed" in result.stderr
+
+
+def test_an_interrupt_while_the_program_is_imported_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(COMMAND, capture_output=True, timeout=60, env=environment)
+    assert result.returncode == -signal.SIGINT  # 130, as a shell says it
+    assert result.stderr == b""
+
+
+def test_an_interrupt_while_a_module_in_c_is_imported_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tinyvllm.cli import program
+    from tinyvllm.cli.terminal import Stopped
+
+    def main(**_: Any) -> None:  # as pybind11 passes on what is raised meanwhile
+        raise ImportError("initialization failed") from Stopped(130)
+
+    monkeypatch.setattr(program.cli, "main", main)
+    with pytest.raises(Stopped) as caught:
+        program._exit_code()
+    assert caught.value.exit_code == 130
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -12,7 +12,7 @@ import click
 import pytest
 
 from cli_process import COMMAND, imported_by
-from tinyvllm.cli import cli
+from tinyvllm.cli.program import cli
 
 NAMES = list(cli.list_commands(click.Context(cli)))
 HEAVY = {

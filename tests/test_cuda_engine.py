@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from devices import has_cuda
 from engine_driver import Driver
 from tinyvllm import _core
 from tinyvllm.dummy import write_checkpoint
-from tinyvllm.errors import InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
 
@@ -210,12 +211,15 @@ def test_a_step_that_throws_fails_its_requests_and_the_next_one_works(model: Pat
 
 
 def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
-    from tinyvllm.errors import CapacityError
-
     with pytest.raises(CapacityError, match=r"KV cache.*bytes") as caught:
         _core.Engine(model, device="cuda", num_blocks=2**31 - 1, max_model_len=128)
     rows = [line.split()[0] for line in str(caught.value).splitlines()[1:]]
     assert rows == ["weights", "KV", "workspace", "free"]
+
+
+def test_a_length_beyond_the_models_is_refused_before_memory_is_taken_for_it(model: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"max_model_len is \d+; .* at most 256"):
+        _core.Engine(model, device="cuda", max_model_len=2**62)
 
 
 # --- The memory plan ------------------------------------------------------------------------------
@@ -245,3 +249,10 @@ def test_inspect_plans_what_the_engine_takes_of_the_gpu(tmp_path: Path) -> None:
     assert plan["kv_limit"] == "utilization"
     assert plan["weights"] == pytest.approx(real["copied_weight_bytes"], rel=1e-3)
     assert plan["kv_tokens"] == pytest.approx(real["kv_cache_tokens"], rel=0.1)
+
+    sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 128}
+    with pytest.raises(CapacityError) as caught:  # which names what the engine has allocated
+        _core.Engine(model, device="cuda", kv_cache_memory_bytes=1, **sizes)
+    said = re.search(r"workspace +([0-9.]+) MiB", str(caught.value))
+    assert said
+    assert plan["activations"] / 2**20 + 384 == pytest.approx(float(said[1]), abs=0.01)

@@ -1,4 +1,5 @@
-"""docs/cli.md is what the commands say, and the examples in help and documents run."""
+"""docs/cli.md is what the commands say, the examples in help and documents run, and the files that
+documents name are there."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def test_cli_md_is_what_the_commands_say() -> None:
 
 
 def commands() -> Iterator[click.Command]:
-    from tinyvllm.cli import cli
+    from tinyvllm.cli.program import cli
 
     def walk(command: click.Command) -> Iterator[click.Command]:
         yield command
@@ -75,6 +76,13 @@ def test_examples_with_the_bundled_model_run(example: str, tmp_path: Path) -> No
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_tests_behind_the_promises_are_there() -> None:
+    promises = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[^`]*)`", promises)
+    assert len(set(named)) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_story_in_the_readme_is_the_one_that_comes() -> None:

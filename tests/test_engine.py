@@ -519,6 +519,42 @@ def test_by_default_the_pool_holds_every_sequence_at_full_length(model: Path) ->
     assert shorter["max_model_len"] == 33
 
 
+def resident_share(path: Path) -> float:
+    """Of the pages of a mapped file, how many are this process's."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    size = resident = 0
+    for line in lines:
+        if line.endswith(f" {path}"):
+            of = dict(next(lines).split(":") for _ in range(4))
+            size += int(of["Size"].split()[0])
+            resident += int(of["Rss"].split()[0])
+    assert size
+    return resident / size
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("float32", "bfloat16"), ("float16", "bfloat16"), ("float16", "float32")],
+)
+def test_what_was_converted_leaves_memory(tmp_path: Path, stored: str, dtype: str) -> None:
+    config = {**dummy.NAMED_CONFIGS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 4096}
+    path = dummy.write_checkpoint(tmp_path, config, dtype=stored, tokenizer=False)
+    engine = engine_of(path, dtype=dtype)
+    assert engine.info()["copied_weight_bytes"] > 15e6
+    # A page or a few at either end of a tensor, and those that the system maps beside them.
+    assert resident_share(path / "model.safetensors") < 0.25
+
+
+def test_what_is_used_in_place_stays_in_memory(tmp_path: Path) -> None:
+    """And so the test above sees what is resident."""
+    config = {**dummy.NAMED_CONFIGS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 4096}
+    path = dummy.write_checkpoint(tmp_path, config, dtype="bfloat16", tokenizer=False)
+    engine = engine_of(path)
+    engine.add_request(1, PROMPT, params(max_tokens=1))
+    engine.step()
+    assert resident_share(path / "model.safetensors") > 0.75
+
+
 def test_a_large_pool_costs_nothing_before_it_is_used(model: Path) -> None:
     code = f"""
         import resource

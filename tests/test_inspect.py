@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinyvllm import _core, dummy, generation_config
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import CapacityError, DeviceError
 from tinyvllm.llm import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "tinyvllm.cli", "inspect"]
@@ -91,7 +92,7 @@ def test_the_plan_is_what_a_running_process_shows_as_resident(
     )
     assert result.returncode == 0, result.stderr
     resident = int(result.stdout)
-    assert memory["resident"] == pytest.approx(resident, rel=0.10)
+    assert memory["needed"] == pytest.approx(resident, rel=0.10)
 
 
 def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:
@@ -106,6 +107,18 @@ def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:
         assert memory["kv_bytes_per_token"] == real["kv_cache_bytes_per_token"]
         assert memory["max_model_len"] == real["max_model_len"]
         assert memory["copied_weights"] == real["copied_weight_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_plan_has_the_engines_own_activations(dtype: str) -> None:
+    limits = {"max_num_seqs": 5, "max_num_batched_tokens": 77}
+    with pytest.raises(CapacityError) as caught:  # which names what the engine has allocated
+        _core.Engine(BUNDLED_MODEL, dtype=dtype, device="cpu", kv_cache_memory_bytes=1, **limits)
+    said = re.search(r"workspace +([0-9.]+) MiB", str(caught.value))
+    assert said
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in limits.items()]
+    memory = report(*arguments, "--dtype", dtype)["memory"]
+    assert memory["activations"] / 2**20 == pytest.approx(float(said[1]), abs=0.01)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -327,6 +340,9 @@ def test_text_names_every_part() -> None:
         (["smollm2-135m", "--memory", "much"], 2, b"much"),
         (["smollm2-135m", "--max-num-seqs", "0"], 2, b"--max-num-seqs"),
         (["--max-num-batched-tokens", "9"], 2, b"is 9; it must be at least max_num_seqs"),
+        (["--max-num-seqs", "65537"], 2, b"65537"),
+        (["--max-num-batched-tokens", "2M"], 2, b"is 2097152; it must be at least"),
+        (["--memory", "9" * 30], 2, b"too large"),
     ],
 )
 def test_what_cannot_be_inspected(arguments: list[str], code: int, part: bytes) -> None:

@@ -199,6 +199,27 @@ def test_an_unknown_argument_names_the_nearest(directory: Path) -> None:
         LLM(directory, max_modellen=5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_model_len", 2**70),
+        ("max_num_seqs", 2.5),
+        ("max_num_batched_tokens", "4"),
+        ("block_size", True),
+        ("num_threads", 2**40),
+        ("kv_cache_memory_bytes", 1.5e9),
+        ("gpu_memory_utilization", "half"),
+        ("dtype", 16),
+        ("device", 0),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(directory: Path, name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} is "):
+        LLM(directory, **{name: value})
+
+
 def test_what_vllm_has_is_accepted_at_its_neutral_value_only(directory: Path) -> None:
     LLM(directory, tensor_parallel_size=1, trust_remote_code=False).close()
     with pytest.raises(InvalidRequestError, match="tensor_parallel_size is 2"):
@@ -270,6 +291,8 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 10**400),
+        ("temperature", True),
         ("top_p", 0),
         ("top_k", -2),
         ("min_p", 1.1),
@@ -280,6 +303,7 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
         ("min_tokens", 17),
         ("logprobs", 21),
         ("seed", -1),
+        ("seed", 2**64),
         ("n", 0),
         ("n", 65),
         ("prompt_logprobs", 21),
@@ -372,6 +396,24 @@ def test_generation_config_means_what_transformers_makes_of_it(
         assert ours.top_p == pytest.approx(prepared.top_p)
         assert ours.min_p == pytest.approx(prepared.min_p or 0)
     assert ours.repetition_penalty == pytest.approx(prepared.repetition_penalty or 1)
+
+
+@pytest.mark.parametrize("values", ['{"top_p": 1.5}', '{"do_sample": true, "top_k": 2.5}'])
+def test_a_generation_config_out_of_range_is_named(tmp_path: Path, values: str) -> None:
+    from tinyvllm.generation_config import read_json, sampling_defaults
+
+    path = tmp_path / "generation_config.json"
+    path.write_text(values)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: top_. is .*config none"):
+        sampling_defaults(read_json(path), str(path))
+
+
+def test_a_pipe_in_the_place_of_a_json_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    from tinyvllm.generation_config import read_json
+
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is not a file"):
+        read_json(tmp_path / "config.json")
 
 
 def test_what_is_not_obeyed_is_said() -> None:

@@ -1,4 +1,4 @@
-"""The engine says what Transformers says, on every family (DESIGN 4.1).
+"""The engine says what Transformers says, on every family (docs/promises.md, 1).
 
 Also here: the proof that this file can fail. The same checkpoint under a slightly wrong config,
 or with two heads swapped, is far outside the bound for Transformers itself.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams, _core, dummy
+from tinyvllm.errors import CapacityError
 from tinyvllm.llm import BUNDLED_MODEL
 
 
@@ -66,6 +69,56 @@ def test_what_was_repacked_leaves_memory(tmp_path: Path) -> None:
     assert copied > 200e6
     # One copy of the weights, a few pages at the ends of tensors, and what an engine takes itself.
     assert resident < copied + 40e6
+
+
+@pytest.fixture(scope="module")
+def larger_than_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 1.5 times what is available, of which only the header is on the disk."""
+    path = tmp_path_factory.mktemp("large")
+    base = {**dummy.NAMED_CONFIGS["smollm2-135m"], "vocab_size": 2048, "bos_token_id": 0}
+    base |= {"eos_token_id": 1, "num_hidden_layers": 1}
+    dummy.write_checkpoint(path, base)  # the tokenizer and the other files
+    config = {**base, "hidden_size": 8192, "intermediate_size": 32768}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 128}
+    a_layer = dummy.checkpoint_bytes({**config, "num_hidden_layers": 2}) - dummy.checkpoint_bytes(
+        config
+    )
+    config["num_hidden_layers"] = _core.available_memory() * 3 // 2 // a_layer + 1
+    (path / "config.json").write_text(json.dumps(config))
+    with (path / "model.safetensors").open("wb") as file:
+        shapes = dummy.tensor_shapes(config)
+        dummy._write_header(file, shapes, dict.fromkeys(shapes, "bfloat16"))
+        file.truncate(file.tell() + dummy.checkpoint_bytes(config))
+    return path
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(larger_than_memory: Path) -> None:
+    before = _core.available_memory()
+    with pytest.raises(CapacityError) as caught:
+        LLM(larger_than_memory, device="cpu", repack_weights=True)
+    said = re.match(
+        r"The repacked weights take (\d+) bytes, and (\d+) are available\..*without repack_weights",
+        str(caught.value),
+    )
+    assert said
+    in_rows = (larger_than_memory / "model.safetensors").stat().st_size
+    assert int(said[1]) == pytest.approx(in_rows, rel=0.01)
+    assert int(said[2]) == pytest.approx(before, rel=0.2)
+
+
+def test_what_does_not_fit_is_exit_4(larger_than_memory: Path) -> None:
+    command = [sys.executable, "-m", "tinyvllm.cli", "generate", "--model", str(larger_than_memory)]
+    result = subprocess.run(
+        [*command, "--prompt", "x", "--device", "cpu", "--repack-weights"],
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    assert result.returncode == 4
+    assert result.stdout == ""
+    first, *table = result.stderr.splitlines()
+    assert re.match(r"tinyvllm: error: The repacked weights take \d+ bytes, and \d+ are", first)
+    assert [line.split()[0] for line in table] == ["weights", "KV"]
 
 
 def test_the_flag_reaches_the_engine() -> None:

@@ -272,6 +272,8 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (jsonl([chat("a", "x", logprobs=5)]).strip(), "invalid_request", "logprobs"),
     (jsonl([chat("a", "x", top_logprobs=5)]).strip(), "invalid_request", "logprobs: true"),
     (jsonl([chat("a", "x", chat_template_kwargs={"self": 1})]).strip(), "invalid_request", "self"),
+    (b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}", "invalid_request", "temperature"),
+    (b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}", "invalid_json", "deep"),
     (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', "line_too_long", "one request a line"),
 ]
 

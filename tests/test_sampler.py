@@ -1,4 +1,5 @@
-"""The sampler: its random numbers, every option in its order (DESIGN 3), draws and logprobs.
+"""The sampler: its random numbers, every option in the order of csrc/engine/sampler.h, draws and
+logprobs.
 
 The reference is plain float64 NumPy that sorts and masks whole rows, with a Philox of its own.
 """

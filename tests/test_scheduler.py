@@ -1,5 +1,5 @@
 """The scheduler, driven through the engine by hypothesis: random arrivals, lengths, forks, aborts
-and failures under pools and budgets that are too small, and all of DESIGN 4.4 and 4.5 after every
+and failures under pools and budgets that are too small, and docs/promises.md, 4 and 5, after every
 step. Then the same ideas one by one."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // A small thread pool: parallel_for, and nothing else.
 //
 // We do not use OpenMP: its settings are process-wide, its pools multiply with every library that
-// brings its own copy, and it does not survive fork (DESIGN 6).
+// brings its own copy, and it does not survive fork.
 #pragma once
 
 #include <sys/types.h>

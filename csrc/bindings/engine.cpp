@@ -18,6 +18,8 @@
 #include "bindings/bindings.h"
 #include "engine/decode_sizes.h"
 #include "engine/make_runner.h"
+#include "engine/memory_sizes.h"
+#include "ops/repack.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -452,6 +454,67 @@ void bind_parts(py::module_& module) {
   module.def("philox", &philox, "key"_a, "counter"_a, "See csrc/base/philox.h.");
 }
 
+// What tinyvllm/memory_plan.py asks the engine for. A config is as parse_model_config gives it.
+ModelConfig sizes_of(const py::object& config) {
+  const auto size = [&](const char* name) { return config[py::str(name)].cast<std::int64_t>(); };
+  ModelConfig sizes;
+  sizes.vocab_size = size("vocab_size");
+  sizes.hidden_size = size("hidden_size");
+  sizes.intermediate_size = size("intermediate_size");
+  sizes.num_layers = size("num_layers");
+  sizes.num_heads = size("num_heads");
+  sizes.num_kv_heads = size("num_kv_heads");
+  sizes.head_dim = size("head_dim");
+  return sizes;
+}
+
+void bind_memory_sizes(py::module_& module) {
+  module.def("padded_batch_size", &padded_batch_size, "num_sequences"_a,
+             "Rows of a step of decodes on a GPU.");
+  module.def("most_decode_items", &most_decode_items, "max_num_seqs"_a, "num_kv_heads"_a,
+             "max_model_len"_a, "Splits of sequences that a step of decodes has there at most.");
+  module.def("check_batch_limits", &check_batch_limits, "max_num_seqs"_a,
+             "max_num_batched_tokens"_a);
+  module.def(
+      "step_memory_bytes",
+      [](const py::object& config, const std::string& device, const std::string& dtype,
+         std::int64_t max_num_seqs, std::int64_t max_num_batched_tokens, std::int64_t max_model_len,
+         std::int64_t block_size) {
+        return step_memory_bytes({.max_tokens = max_num_batched_tokens,
+                                  .max_sequences = max_num_seqs,
+                                  .max_model_len = max_model_len,
+                                  .block_size = block_size},
+                                 sizes_of(config), parse_device(device) == Device::kCuda,
+                                 parse_dtype(dtype).value());
+      },
+      "config"_a, "device"_a, "dtype"_a, "max_num_seqs"_a, "max_num_batched_tokens"_a,
+      "max_model_len"_a, "block_size"_a,
+      "What an engine takes beside the weights and the KV cache.");
+  module.def(
+      "kv_block_bytes",
+      [](const py::object& config, const std::string& dtype, std::int64_t block_size) {
+        const ModelConfig sizes = sizes_of(config);
+        const KvShape shape{.num_layers = sizes.num_layers,
+                            .num_blocks = 1,
+                            .block_size = block_size,
+                            .num_kv_heads = sizes.num_kv_heads,
+                            .head_dim = sizes.head_dim,
+                            .dtype = parse_dtype(dtype).value()};
+        return shape.bytes_per_block();
+      },
+      "config"_a, "dtype"_a, "block_size"_a);
+  module.def("host_kv_cache_budget", &host_kv_cache_budget, "available"_a);
+  module.def("gpu_kv_cache_budget", &gpu_kv_cache_budget, "total"_a, "used"_a, "utilization"_a);
+  module.def(
+      "repacked_bytes",
+      [](std::int64_t rows, std::int64_t depth, const std::string& dtype) {
+        Weight weight{.blocks = {}, .depth = depth, .dtype = parse_dtype(dtype).value()};
+        weight.blocks[0].rows = rows;
+        return repacked_bytes(weight);
+      },
+      "rows"_a, "depth"_a, "dtype"_a, "See csrc/ops/repack.h.");
+}
+
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -466,10 +529,7 @@ void bind_engine(py::module_& module) {
              "Bytes that this process could still allocate.");
   module.def("require_cuda_build", &require_cuda_build);
   module.def("refuse_repacked_weights", &refuse_repacked_weights);
-  module.def("padded_batch_size", &padded_batch_size, "num_sequences"_a,
-             "Rows of a step of decodes on a GPU.");
-  module.def("most_decode_items", &most_decode_items, "max_num_seqs"_a, "num_kv_heads"_a,
-             "max_model_len"_a, "Splits of sequences that a step of decodes has there at most.");
+  bind_memory_sizes(module);
 }
 
 }  // namespace tinyvllm

@@ -24,7 +24,8 @@ class CublasLt;
 
 class CudaContext {
  public:
-  // batch_invariant: every op gives the same bits whatever else is in the batch (DESIGN 4.2).
+  // batch_invariant: every op gives the same bits whatever else is in the batch
+  // (docs/promises.md, 2).
   // library_directories: where cuBLASLt is looked for first, before the system's own places.
   // Throws DeviceError: "device cuda: no NVIDIA driver", no such device, or cuBLASLt not found.
   explicit CudaContext(int device = 0, bool batch_invariant = false,

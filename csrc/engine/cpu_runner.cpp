@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/host.h"
+#include "engine/memory_sizes.h"
 #include "model/repacked_weights.h"
 
 namespace tinyvllm {
@@ -39,7 +40,7 @@ MemoryUse CpuRunner::memory_use() const {
   return {.workspace = model_.activation_bytes(), .free = available_memory()};
 }
 
-std::int64_t CpuRunner::kv_cache_budget() const { return available_memory() / 5 * 2; }
+std::int64_t CpuRunner::kv_cache_budget() const { return host_kv_cache_budget(available_memory()); }
 
 void CpuRunner::make_kv_cache(const KvShape& shape) {
   kv_cache_.emplace(tinyvllm::make_kv_cache(ctx_, shape));

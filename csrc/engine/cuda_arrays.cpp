@@ -2,37 +2,29 @@
 
 #include <algorithm>
 
+#include "engine/decode_sizes.h"
 #include "ops/paged_attention.h"
 
 namespace tinyvllm {
 namespace {
 
+static_assert(kNumStepArrays == kStepsInFlight);
+
 std::int64_t ceil_divide(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
-StepArrays::StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const StepLimits& limits)
+StepArrays::StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const StepLimits& limits,
+                       const ModelConfig& model, bool batch_invariant)
     : limits_(limits),
+      num_heads_(model.num_heads),
+      num_kv_heads_(model.num_kv_heads),
       max_blocks_(ceil_divide(limits.max_model_len, limits.block_size)),
-      max_items_(
-          most_decode_items(limits.max_sequences, limits.num_kv_heads, limits.max_model_len)),
-      inputs_(ctx, copies, max_bytes(), "the arrays of a step"),
-      tables_(static_cast<std::size_t>(padded_batch_size(limits.max_sequences) * max_blocks_) *
-                  sizeof(std::int32_t),
-              "the block tables") {
+      batch_invariant_(batch_invariant),
+      inputs_(ctx, copies, step_array_bytes(limits, model), "the arrays of a step"),
+      tables_(block_table_bytes(limits), "the block tables") {
   // Entries that no sequence has written are read by nobody; they begin as block 0 all the same.
   cuda::fill_bytes(ctx, tables_.data(), 0, tables_.size());
-}
-
-// A step's arrays at their largest: what there is a row, a sequence, a split and a block of.
-std::size_t StepArrays::max_bytes() const {
-  const std::int64_t sequences = padded_batch_size(limits_.max_sequences);
-  const std::int64_t rows = std::max(limits_.max_tokens, sequences);
-  return static_cast<std::size_t>(
-      rows * std::int64_t{4 * sizeof(std::int32_t) + sizeof(std::int64_t)} +
-      sequences * std::int64_t{8 * sizeof(std::int32_t) + sizeof(SampleRow)} +
-      rows * std::int64_t{2 * sizeof(std::int32_t)} +
-      (2 * max_items_ + sequences * max_blocks_) * std::int64_t{sizeof(std::int32_t)} + 1024);
 }
 
 // Decodes and chunks of the plan, and how much there is of everything.
@@ -41,7 +33,7 @@ StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
   chunks_.clear();
   std::int64_t num_tokens = 0, num_blocks = 0, longest = 0;  // the longest context of a decode
   for (const auto& [sequence, count] : plan.sequences) {
-    const bool decode = count == 1 && !limits_.batch_invariant;
+    const bool decode = count == 1 && !batch_invariant_;
     (decode ? decodes_ : chunks_).push_back({sequence, count, num_tokens});
     if (decode) {
       longest = std::max(longest, static_cast<std::int64_t>(sequence->num_computed_tokens) + 1);
@@ -58,7 +50,7 @@ StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
                 .chunks = std::ssize(chunks_),
                 .rows = pad ? num_decodes : num_tokens,
                 .tiles = 0,
-                .split = decode_split(num_decodes, limits_.num_kv_heads, longest),
+                .split = decode_split(num_decodes, num_kv_heads_, longest),
                 .splits = num_decodes - std::ssize(decodes_),  // a padded row has one
                 .blocks = num_blocks,
                 .draws = pad ? num_decodes : std::ssize(plan.draws)};
@@ -66,7 +58,7 @@ StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
     counts.splits += ceil_divide(
         static_cast<std::int64_t>(decode.sequence->num_computed_tokens) + 1, counts.split);
   }
-  const std::int64_t tile = chunk_tile_tokens(limits_.num_heads, limits_.num_kv_heads);
+  const std::int64_t tile = chunk_tile_tokens(num_heads_, num_kv_heads_);
   for (const Entry& chunk : chunks_) counts.tiles += ceil_divide(chunk.num_tokens, tile);
   return counts;
 }
@@ -136,7 +128,7 @@ void StepArrays::write_decodes(const Counts& counts, const Arrays& arrays, Curso
 }
 
 void StepArrays::write_chunks(const Counts& counts, const Arrays& arrays, Cursor& at) {
-  const std::int64_t tile = chunk_tile_tokens(limits_.num_heads, limits_.num_kv_heads);
+  const std::int64_t tile = chunk_tile_tokens(num_heads_, num_kv_heads_);
   const auto num_decodes = static_cast<std::int32_t>(counts.decodes);
   std::int32_t chunk = 0;
   for (const Entry& entry : chunks_) {
@@ -183,7 +175,7 @@ DeviceStep StepArrays::fill(std::size_t number, const StepPlan& plan) {
 
   const auto rows = static_cast<std::size_t>(counts.rows);
   const std::int64_t most_items = tinyvllm::max_decode_items(
-      std::max<std::int64_t>(1, counts.decodes), limits_.num_kv_heads, limits_.max_model_len);
+      std::max<std::int64_t>(1, counts.decodes), num_kv_heads_, limits_.max_model_len);
   return {.batch = {.tokens = {arrays.tokens.device, rows},
                     .positions = {arrays.positions.device, rows},
                     .slots = {arrays.slots.device, rows},

@@ -14,20 +14,12 @@
 #include "cuda/memory.h"
 #include "cuda/step_inputs.h"
 #include "cuda/stream.h"
-#include "engine/decode_sizes.h"
+#include "engine/memory_sizes.h"
 #include "engine/runner.h"
 #include "model/transformer.h"
 #include "ops/sample.h"
 
 namespace tinyvllm {
-
-struct StepLimits {
-  std::int64_t max_tokens, max_sequences;  // of a step, without padding
-  std::int64_t max_model_len;              // of a sequence
-  std::int64_t block_size;                 // of the KV cache
-  std::int64_t num_heads, num_kv_heads;
-  bool batch_invariant;  // every token is a chunk
-};
 
 // A step on the device: the batch, which of its rows have logits, and where its draws are described.
 struct DeviceStep {
@@ -48,8 +40,9 @@ struct DeviceStep {
 
 class StepArrays {
  public:
-  // The context and the stream of the copies outlive it.
-  StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const StepLimits& limits);
+  // batch_invariant: every token is a chunk. The context and the stream of the copies outlive it.
+  StepArrays(const CudaContext& ctx, const cuda::Stream& copies, const StepLimits& limits,
+             const ModelConfig& model, bool batch_invariant);
 
   // Writes the arrays of the step of this number on the host, all but its draws.
   DeviceStep fill(std::size_t number, const StepPlan& plan);
@@ -63,10 +56,6 @@ class StepArrays {
   std::int32_t logits_of(std::int32_t plan_row) const {
     return logits_[static_cast<std::size_t>(row_of(plan_row))];
   }
-
-  // How many splits the decodes of a step have at most.
-  std::int64_t max_decode_items() const { return max_items_; }
-  std::size_t table_bytes() const { return tables_.size(); }
 
  private:
   struct Entry {
@@ -97,7 +86,6 @@ class StepArrays {
     std::int32_t row = 0, sequence = 0, item = 0, entry = 0, tile = 0;
   };
 
-  std::size_t max_bytes() const;
   Counts sort(const StepPlan& plan);
   Arrays lay_out(std::size_t number, const Counts& counts);
   void write_sequence(const Entry& entry, const Arrays& arrays, Cursor& at);
@@ -107,8 +95,9 @@ class StepArrays {
   std::int32_t write_logit_rows(const StepPlan& plan, const Counts& counts, const Arrays& arrays);
 
   const StepLimits limits_;
+  const std::int64_t num_heads_, num_kv_heads_;
   const std::int64_t max_blocks_;  // of a block table
-  const std::int64_t max_items_;
+  const bool batch_invariant_;
   StepInputs inputs_;
   cuda::DeviceMemory tables_;  // [padded sequences, max_blocks] int32
 

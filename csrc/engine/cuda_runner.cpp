@@ -6,17 +6,15 @@
 #include <utility>
 
 #include "base/errors.h"
+#include "engine/decode_sizes.h"
+#include "engine/memory_sizes.h"
 #include "engine/sample_rows.h"
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
 #include "ops/host_copy.h"
-#include "ops/paged_attention.h"
 
 namespace tinyvllm {
 namespace {
-
-// Left for CUDA graphs and the driver's own needs when the KV cache is sized.
-constexpr std::int64_t kReserveBytes = std::int64_t{384} << 20;
 
 // The weights, through the host: what has to be converted is converted there.
 Weights weights_on(const CudaContext& ctx, const Checkpoint& checkpoint, DType compute) {
@@ -32,28 +30,17 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
       eos_token_ids_(std::move(eos_token_ids)),
       ctx_(0, options.batch_invariant, options.library_directories),
       model_(ctx_, checkpoint.config(), weights_on(ctx_, checkpoint, options.compute),
-             std::max(options.max_tokens, padded_batch_size(options.max_draws)),
-             std::max(padded_batch_size(options.max_draws), kPromptLogprobRows)),
-      arrays_(ctx_, copies_,
-              {.max_tokens = options.max_tokens,
-               .max_sequences = options.max_draws,
-               .max_model_len = options.max_model_len,
-               .block_size = options.block_size,
-               .num_heads = checkpoint.config().num_heads,
-               .num_kv_heads = checkpoint.config().num_kv_heads,
-               .batch_invariant = options.batch_invariant}),
+             batch_limits(options.step, true).max_tokens,
+             batch_limits(options.step, true).max_logit_rows),
+      arrays_(ctx_, copies_, options.step, checkpoint.config(), options.batch_invariant),
       copy_inputs_(ctx_, copies_, 4096, "copies of blocks"),
       edit_inputs_(ctx_, copies_, 4096, "changes of logits"),
       prompt_inputs_(ctx_, copies_, 4096, "logprobs of prompts"),
-      results_(
-          static_cast<std::size_t>(2 * padded_batch_size(options.max_draws)) * sizeof(std::int32_t),
-          "sampled tokens") {
+      results_(static_cast<std::size_t>(2 * padded_batch_size(options.step.max_sequences)) *
+                   sizeof(std::int32_t),
+               "sampled tokens") {
   for (auto& host : host_results_) host = cuda::PinnedMemory(results_.size(), "sampled tokens");
-  const ModelConfig& config = model_.config();
-  ctx_.reserve_workspace(
-      std::max({paged_attention_workspace_bytes(arrays_.max_decode_items(), config.num_heads,
-                                                config.head_dim),
-                sample_workspace_bytes(padded_batch_size(options.max_draws))}));
+  ctx_.reserve_workspace(op_workspace_bytes(options.step, model_.config()));
   cuda::fill_bytes(ctx_, results_.data(), 0, results_.size());  // padded rows draw nothing
 }
 
@@ -66,17 +53,16 @@ RunnerInfo CudaRunner::info() const {
 }
 
 MemoryUse CudaRunner::memory_use() const {
-  return {.workspace = model_.activation_bytes() +
-                       static_cast<std::int64_t>(arrays_.table_bytes()) + kReserveBytes,
+  return {.workspace = model_.activation_bytes() + gpu_step_bytes(options_.step, model_.config()) +
+                       kGpuReserveBytes,
           .free = static_cast<std::int64_t>(cuda::memory_info().free)};
 }
 
 std::int64_t CudaRunner::kv_cache_budget() const {
   const cuda::MemoryInfo memory = cuda::memory_info();
-  const auto total = static_cast<double>(memory.total);
-  const auto allowed = static_cast<std::int64_t>(total * options_.memory_utilization);
-  const auto used = static_cast<std::int64_t>(memory.total - memory.free);
-  return std::max<std::int64_t>(0, allowed - used - kReserveBytes);
+  return gpu_kv_cache_budget(static_cast<std::int64_t>(memory.total),
+                             static_cast<std::int64_t>(memory.total - memory.free),
+                             options_.memory_utilization);
 }
 
 void CudaRunner::make_kv_cache(const KvShape& shape) {
@@ -189,7 +175,7 @@ SampleBatch CudaRunner::describe_draws(const StepPlan& plan, const DeviceStep& s
     batch.edits = array.device;
     batch.num_edits = static_cast<std::int32_t>(edits.size());
   }
-  if (batch.any_logprobs) draw_logprobs_.make_room(ctx_, options_.max_draws);
+  if (batch.any_logprobs) draw_logprobs_.make_room(ctx_, options_.step.max_sequences);
   return batch;
 }
 

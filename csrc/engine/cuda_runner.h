@@ -2,9 +2,9 @@
 // token that was just sampled goes into the next step on the device; the host learns it later.
 //
 // A step in which every sequence gets one token is padded to the next batch size of a short list and
-// replayed as a CUDA graph, one a size (and split of the contexts), recorded when first needed. With `eager` the same kernels are
-// launched one by one, on the same padded batch: the results are the same bits. A step with chunks of
-// prompts is launched one by one and not padded.
+// replayed as a CUDA graph, one a size (and split of the contexts), recorded when first needed. With
+// `eager` the same kernels are launched one by one, on the same padded batch: the results are the
+// same bits. A step with chunks of prompts is launched one by one and not padded.
 #pragma once
 
 #include <array>
@@ -33,12 +33,10 @@ namespace tinyvllm {
 
 struct CudaOptions {
   DType compute;
-  std::int64_t max_tokens, max_draws;  // of a step
-  std::int64_t max_model_len;          // of a sequence
-  std::int64_t block_size;             // of the KV cache
-  double memory_utilization = 0.9;     // of the card's memory, for everything together
-  bool eager = false;                  // no graphs
-  bool batch_invariant = false;        // the same bits in any batch: every token as a chunk
+  StepLimits step;
+  double memory_utilization = 0.9;  // of the card's memory, for everything together
+  bool eager = false;               // no graphs
+  bool batch_invariant = false;     // the same bits in any batch: every token as a chunk
   std::vector<std::string> library_directories;  // where cuBLASLt is looked for first
 };
 

@@ -45,13 +45,7 @@ class CpuTimer {
 EngineConfig checked(const EngineConfig& config) {
   require(config.block_size >= 1 && config.block_size <= 4096, "block_size", config.block_size,
           "from 1 to 4096 tokens");
-  require(config.max_num_seqs >= 1 && config.max_num_seqs <= 65536, "max_num_seqs",
-          config.max_num_seqs, "from 1 to 65536");
-  require(config.max_num_batched_tokens >= config.max_num_seqs &&
-              config.max_num_batched_tokens <= 1 << 20,
-          "max_num_batched_tokens", config.max_num_batched_tokens,
-          "at least max_num_seqs, which is " + std::to_string(config.max_num_seqs) +
-              ", and at most 1048576");
+  check_batch_limits(config.max_num_seqs, config.max_num_batched_tokens);
   if (config.num_blocks) {
     require(*config.num_blocks >= 1 && *config.num_blocks <= INT32_MAX, "num_gpu_blocks_override",
             *config.num_blocks, "at least 1");
@@ -68,6 +62,16 @@ EngineConfig checked(const EngineConfig& config) {
   if (config.max_model_len) {
     require(*config.max_model_len >= 2, "max_model_len", *config.max_model_len,
             "at least 2 (one token of prompt and one of output)");
+  }
+  return config;
+}
+
+// The same, held against the model. Before its weights are loaded, and memory is taken for it.
+const EngineConfig& checked_for(const ModelConfig& model, const EngineConfig& config) {
+  const std::int64_t own = model.max_position_embeddings;
+  if (config.max_model_len) {
+    require(*config.max_model_len <= own, "max_model_len", *config.max_model_len,
+            "at most " + std::to_string(own) + ", the model's max_position_embeddings");
   }
   return config;
 }
@@ -92,12 +96,21 @@ bool contains(const std::vector<std::int32_t>& values, std::int32_t value) {
 
 }  // namespace
 
+void check_batch_limits(std::int64_t max_num_seqs, std::int64_t max_num_batched_tokens) {
+  require(max_num_seqs >= 1 && max_num_seqs <= 65536, "max_num_seqs", max_num_seqs,
+          "from 1 to 65536");
+  require(
+      max_num_batched_tokens >= max_num_seqs && max_num_batched_tokens <= 1 << 20,
+      "max_num_batched_tokens", max_num_batched_tokens,
+      "at least max_num_seqs, which is " + std::to_string(max_num_seqs) + ", and at most 1048576");
+}
+
 Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
     : config_(checked(config)),
       trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
-      runner_(make_runner(checkpoint_, config, eos_token_ids_)),
+      runner_(make_runner(checkpoint_, checked_for(checkpoint_.config(), config), eos_token_ids_)),
       kv_shape_(make_kv_cache()),
       max_model_len_(choose_max_model_len()),
       prefix_cache_(kv_shape_.num_blocks, config.prefix_hash_mask),
@@ -126,8 +139,7 @@ KvShape Engine::choose_kv_shape() const {
   }
   const std::int64_t bytes_per_block = shape.bytes_per_block();
   const std::int64_t budget = config_.kv_cache_memory_bytes.value_or(runner_->kv_cache_budget());
-  const std::int64_t own = model.max_position_embeddings;
-  const std::int64_t longest = std::min(own, config_.max_model_len.value_or(own));
+  const std::int64_t longest = config_.max_model_len.value_or(model.max_position_embeddings);
   const std::int64_t blocks_a_sequence = (longest + config_.block_size - 1) / config_.block_size;
   const std::int64_t affordable = std::min<std::int64_t>(budget / bytes_per_block, INT32_MAX);
   if (affordable < 1) {
@@ -161,8 +173,6 @@ std::int64_t Engine::choose_max_model_len() const {
   const std::int64_t pool_tokens = kv_shape_.num_blocks * kv_shape_.block_size;
   if (!config_.max_model_len) return std::min(own, pool_tokens);
   const std::int64_t wanted = *config_.max_model_len;
-  require(wanted <= own, "max_model_len", wanted,
-          "at most " + std::to_string(own) + ", the model's max_position_embeddings");
   if (wanted > pool_tokens) {
     const std::int64_t bytes_per_token = kv_shape_.bytes_per_block() / kv_shape_.block_size;
     throw CapacityError(

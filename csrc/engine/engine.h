@@ -66,6 +66,9 @@ struct EngineStats {
   SchedulerStats scheduler;
 };
 
+// Throws InvalidRequestError where an engine could not have these limits of a step.
+void check_batch_limits(std::int64_t max_num_seqs, std::int64_t max_num_batched_tokens);
+
 // Where everything is, for tests of the bookkeeping.
 struct EngineSnapshot {
   struct Entry {

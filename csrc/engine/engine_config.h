@@ -19,7 +19,7 @@ enum class Device : std::uint8_t {
 
 struct EngineConfig {
   Device device = Device::kAuto;
-  std::optional<DType> dtype;  // float32 or bfloat16; absent: from the checkpoint (DESIGN 5)
+  std::optional<DType> dtype;  // float32 or bfloat16; absent: float32 for F32 files, else bfloat16
   // Prompt and output together. Absent: the smaller of the model's own and what the pool holds.
   std::optional<std::int64_t> max_model_len;
   std::int64_t max_num_seqs = 256;

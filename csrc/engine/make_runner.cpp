@@ -51,16 +51,16 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
 #if defined(TINYVLLM_HAS_CUDA)
   if (use_cuda(config.device)) {
     if (config.repack_weights) refuse_repacked_weights();
-    const CudaOptions options{
-        .compute = compute,
-        .max_tokens = config.max_num_batched_tokens,
-        .max_draws = config.max_num_seqs,
-        .max_model_len = config.max_model_len.value_or(checkpoint.config().max_position_embeddings),
-        .block_size = config.block_size,
-        .memory_utilization = config.gpu_memory_utilization,
-        .eager = config.enforce_eager,
-        .batch_invariant = config.batch_invariant,
-        .library_directories = config.cuda_library_directories};
+    const CudaOptions options{.compute = compute,
+                              .step = {.max_tokens = config.max_num_batched_tokens,
+                                       .max_sequences = config.max_num_seqs,
+                                       .max_model_len = config.max_model_len.value_or(
+                                           checkpoint.config().max_position_embeddings),
+                                       .block_size = config.block_size},
+                              .memory_utilization = config.gpu_memory_utilization,
+                              .eager = config.enforce_eager,
+                              .batch_invariant = config.batch_invariant,
+                              .library_directories = config.cuda_library_directories};
     return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
   }
 #else

@@ -1,7 +1,7 @@
 // From a row of logits to a token.
 //
-// The order is fixed (DESIGN 3): logit_bias and the min_tokens mask; repetition, then frequency and
-// presence penalty; temperature; min_p; top_k; top_p. Ties go to the lowest id, everywhere.
+// The order is fixed: logit_bias and the min_tokens mask; repetition, then frequency and presence
+// penalty; temperature; min_p; top_k; top_p. Ties go to the lowest id, everywhere.
 //
 // A draw is the argmax over the kept tokens of  logit / temperature + Gumbel noise  (the Gumbel-max
 // trick: it follows the softmax exactly). The noise of a token comes from Philox, keyed by the

@@ -51,6 +51,29 @@ std::int64_t Transformer<Context>::activation_bytes() const {
   return bytes;
 }
 
+namespace {
+
+// Stands for a device of which no memory is taken.
+struct PlannedContext {
+  bool on_gpu;
+
+  Memory allocate(std::size_t /*bytes*/) const { return {}; }
+  std::int64_t operand_stride(DType dtype, std::int64_t cols) const {
+    return on_gpu ? cols : CpuContext::operand_stride(dtype, cols);
+  }
+  DType product_dtype(DType compute) const { return on_gpu ? compute : DType::kFloat32; }
+};
+
+}  // namespace
+
+std::int64_t planned_activation_bytes(const ModelConfig& config, bool on_gpu, DType compute,
+                                      std::int64_t max_tokens, std::int64_t max_logit_rows) {
+  Weights none{};
+  none.compute = compute;
+  const PlannedContext ctx{on_gpu};
+  return Transformer(ctx, config, std::move(none), max_tokens, max_logit_rows).activation_bytes();
+}
+
 template <typename Context>
 template <typename Sequences>
 void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv) {

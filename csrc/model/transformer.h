@@ -91,4 +91,8 @@ class Transformer {
   Buffer logits_;            // [max_logit_rows, vocab]                            float32
 };
 
+// What activation_bytes() of such a model would be.
+std::int64_t planned_activation_bytes(const ModelConfig& config, bool on_gpu, DType compute,
+                                      std::int64_t max_tokens, std::int64_t max_logit_rows);
+
 }  // namespace tinyvllm

@@ -86,6 +86,7 @@ class Loader {
         }
       }
     });
+    tensor.file->release_pages({tensor.data, tensor.num_bytes});
     return target;
   }
 

@@ -1,6 +1,6 @@
 // The weights of a Llama-family model, found by their names in a checkpoint.
 //
-// A matrix is used where it lies in the mapped file wherever its dtype allows (DESIGN 5):
+// A matrix is used where it lies in the mapped file wherever its dtype allows:
 //
 //   file      compute bfloat16       compute float32
 //   bfloat16  as it lies             as it lies, widened in registers
@@ -8,7 +8,7 @@
 //   float32   copied to bfloat16     as it lies
 //
 // Norm weights and biases are small: they are copied to float32. A tensor that is not aligned to
-// its own element size is copied, too.
+// its own element size is copied, too. Of what has been copied the process drops the file's pages.
 #pragma once
 
 #include <cstddef>

@@ -31,7 +31,7 @@ class CpuContext {
 
   // How far apart the rows of a product's x lie, in elements: an odd number of cache lines, so that
   // the rows of a tile do not all fall into one set of the L1 cache, as rows 4 KiB apart do.
-  std::int64_t operand_stride(DType dtype, std::int64_t cols) const {
+  static std::int64_t operand_stride(DType dtype, std::int64_t cols) {
     constexpr std::int64_t kLine = 64;
     const auto size = static_cast<std::int64_t>(size_of(dtype));
     const std::int64_t lines = (cols * size + kLine - 1) / kLine;

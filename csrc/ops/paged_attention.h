@@ -13,8 +13,8 @@
 //
 // Prefill chunks and decode tokens are the same thing here: a token reads K and V back from the
 // pool, in tiles aligned to absolute position and splits cut at fixed positions, so its result
-// depends neither on its batch nor on how its prompt was cut into chunks (DESIGN 4.2). Slots
-// outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
+// depends neither on its batch nor on how its prompt was cut into chunks (docs/promises.md, 2).
+// Slots outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
 #pragma once
 
 #include <cstddef>
@@ -118,8 +118,11 @@ inline void append_chunk_tiles(std::int32_t chunk, std::int64_t num_tokens,
 
 // The scratch memory (CudaContext::workspace) that so many items need. It is used only where a
 // sequence has several splits.
-std::size_t paged_attention_workspace_bytes(std::int64_t max_decode_items, std::int64_t num_heads,
-                                            std::int64_t head_dim);
+constexpr std::size_t paged_attention_workspace_bytes(std::int64_t max_decode_items,
+                                                      std::int64_t num_heads,
+                                                      std::int64_t head_dim) {
+  return static_cast<std::size_t>(max_decode_items * num_heads * (head_dim + 2)) * sizeof(float);
+}
 
 // Throws Error where head_dim is over 256, and where there are more decodes than counters for them.
 void paged_attention(const CudaContext& ctx, TensorView q, const KvLayer& kv,

@@ -52,11 +52,8 @@ void attend_plainly(const CudaContext& ctx, const cuda::AttentionArguments<T>& a
 
 }  // namespace
 
-std::size_t paged_attention_workspace_bytes(std::int64_t max_decode_items, std::int64_t num_heads,
-                                            std::int64_t head_dim) {
-  return sizeof(float) * static_cast<std::size_t>(max_decode_items) *
-         cuda::partial_floats(static_cast<int>(num_heads), static_cast<int>(head_dim));
-}
+static_assert(paged_attention_workspace_bytes(3, 5, 80) ==
+              3 * cuda::partial_floats(5, 80) * sizeof(float));
 
 void paged_attention(const CudaContext& ctx, TensorView q, const KvLayer& kv,
                      const CudaSequences& sequences, std::int64_t num_heads, std::int64_t window,

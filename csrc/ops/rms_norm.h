@@ -4,7 +4,7 @@
 //   weight  [hidden]              float32
 //   out     [num_tokens, hidden]  float32 or bfloat16, what the next matmul reads; may not alias x
 //
-// The sum over i runs in one fixed order whatever num_tokens is (DESIGN 4.2).
+// The sum over i runs in one fixed order whatever num_tokens is (docs/promises.md, 2).
 #pragma once
 
 #include "base/tensor.h"

@@ -80,8 +80,10 @@ struct SampleOutputs {
   LogprobOutputs logprobs;         // may be null where no row asks for them
 };
 
-// Of CudaContext::workspace().
-std::size_t sample_workspace_bytes(std::int64_t num_rows);
+// Of CudaContext::workspace(): for each row 64 candidates of 16 bytes, and a cut of 8.
+constexpr std::size_t sample_workspace_bytes(std::int64_t num_rows) {
+  return static_cast<std::size_t>(num_rows) * (64 * 16 + 8);
+}
 
 // Chooses a token for each row. The logits are edited in place and put back. Throws Error where
 // there are more rows than counters for them.

@@ -10,15 +10,12 @@ namespace tinyvllm {
 namespace {
 
 // The workspace: candidates [num_rows, kMaxParts], then cuts [num_rows].
-constexpr std::size_t kRowBytes = cuda::kMaxParts * sizeof(cuda::Candidate) + sizeof(cuda::Cut);
+static_assert(sample_workspace_bytes(1) ==
+              cuda::kMaxParts * sizeof(cuda::Candidate) + sizeof(cuda::Cut));
 
 dim3 blocks_for(std::int32_t count) { return dim3(static_cast<unsigned>((count + 255) / 256)); }
 
 }  // namespace
-
-std::size_t sample_workspace_bytes(std::int64_t num_rows) {
-  return static_cast<std::size_t>(num_rows) * kRowBytes;
-}
 
 void sample(const CudaContext& ctx, MutTensorView logits, const SampleBatch& batch,
             const SampleOutputs& outputs) {

@@ -9,7 +9,8 @@ generator whose stream is fixed, and become weights through one table of normal 
 The weights are random, but not careless. Activations stay near 1 whatever the depth, attention
 is uneven (scores with a standard deviation near 1.5: a wrong mask, a wrong rotation or a swapped
 head changes the output; one much sharper would blow up the last bit of a rotation at position
-2,000 to more than DESIGN 4.1 allows). Logits are spread, so that greedy tokens are rarely tied.
+2,000 to more than docs/promises.md, 1, allows). Logits are spread, so that greedy tokens are rarely
+tied.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyvllm.errors import CheckpointError
+from tinyvllm.errors import CheckpointError, InvalidRequestError
 
 FILE = "generation_config.json"
 
@@ -54,6 +54,8 @@ class SamplingDefaults:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no such file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path}: is not a file. Give a regular file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,12 +78,25 @@ def sampling_defaults(config: Mapping[str, Any], origin: str = FILE) -> Sampling
         fields["top_k"] = _number(config, "top_k", origin, _TRANSFORMERS_TOP_K)
     else:
         fields["temperature"] = 0
+    _check(fields, origin)
     warnings = [
         f"{origin}: {name} = {config[name]!r} is not obeyed; the output may differ."
         for name, neutral in _NOT_OBEYED.items()
         if config.get(name) is not None and config[name] not in neutral
     ]
     return SamplingDefaults(fields, warnings)
+
+
+def _check(fields: Mapping[str, Any], origin: str) -> None:
+    """What is out of range is said to be the file's: nobody else has asked for it."""
+    from tinyvllm.sampling_params import SamplingParams
+
+    try:
+        SamplingParams(**{"max_tokens": None, **fields})
+    except InvalidRequestError as error:
+        raise CheckpointError(
+            f"{origin}: {error} Correct it, or pass --generation-config none."
+        ) from None
 
 
 def _number(config: Mapping[str, Any], key: str, origin: str, default: float = 0) -> float | int:

@@ -1,11 +1,12 @@
 """What a model will take of memory, computed from its config and its tensors' headers alone.
 
-What an engine on the CPU keeps resident, in the terms of the files that decide it:
+The sizes are the core's own (csrc/engine/memory_sizes.h); what is repeated here is which tensors it
+uses in place. What an engine on the CPU keeps resident, in the terms of the files that decide it:
 
     program       Python, the libraries and the tokenizer
     weights       csrc/model/weights.h: matrices are used where they lie in the mapped files, and
                   are resident once a step has read them; norms, biases and other dtypes are copied
-    activations   csrc/model/transformer.h, at the largest step
+    activations   csrc/model/transformer.h, for the largest step
     KV cache      csrc/ops/kv_cache.h: reserved at the start, resident as tokens fill it
 
 and on a GPU, where all of it is allocated at the start (csrc/engine/cuda_runner.cpp):
@@ -33,8 +34,6 @@ GPU_PROGRAM = 1 << 30
 
 _SIZES = {"float32": 4, "bfloat16": 2}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PROMPT_LOGPROB_ROWS = 64  # csrc/engine/runner.h
-_GPU_RESERVE = 384 << 20  # csrc/engine/cuda_runner.cpp: left for CUDA graphs
 
 
 class TensorHeader(NamedTuple):
@@ -71,7 +70,7 @@ class MemoryPlan:
     program: int
     mapped_weights: int  # used where they lie
     copied_weights: int
-    passed_weights: int  # mapped and read once, to be copied; the system may take them back
+    passed_weights: int  # read once, to be copied; their pages are given back
     activations: int
     kv_bytes_per_token: int
     kv_tokens: int  # that the cache can hold
@@ -94,13 +93,8 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """What cannot be done without, when the KV cache is full."""
+        """What is resident when the KV cache is full."""
         return self.without_kv_cache + self.kv_cache
-
-    @property
-    def resident(self) -> int:
-        """What the process shows as resident then, where memory is not short."""
-        return self.needed + self.passed_weights
 
     @property
     def full_length_sequences(self) -> int:
@@ -134,35 +128,37 @@ def make_plan(
 ) -> MemoryPlan:
     """config: as _core.parse_model_config gives it. memory, program: in bytes; of a GPU, all that
     it has, and what is taken of it before the weights come."""
+    from tinyvllm import _core
+
     on_gpu = limits.device == "cuda"
     mapped, copied, passed = _weight_bytes(used_tensors(config, tensors), limits)
     copied += 4 * (config["head_dim"] // 2)  # the frequencies of the rotation
-    activations = _activation_bytes(config, limits)
     if on_gpu:
         mapped, copied, passed = 0, mapped + copied, 0
-        activations += _gpu_work_bytes(config, limits)
-    bytes_per_token = (
-        2
-        * config["num_layers"]
-        * config["num_kv_heads"]
-        * config["head_dim"]
-        * _SIZES[limits.dtype]
-    )
-
-    # As Engine::choose_kv_shape and the runners' kv_cache_budget() do it.
-    bytes_per_block = bytes_per_token * BLOCK_SIZE
     own = config["max_position_embeddings"]
     longest = min(own, limits.max_model_len or own)
+    activations = _core.step_memory_bytes(
+        config,
+        limits.device,
+        limits.dtype,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        longest,
+        BLOCK_SIZE,
+    )
+
+    # As Engine::choose_kv_shape does it.
+    bytes_per_block = _core.kv_block_bytes(config, limits.dtype, BLOCK_SIZE)
     for_all_sequences = limits.max_num_seqs * -(-longest // BLOCK_SIZE)
     taken = program + mapped + copied + activations
     if on_gpu:
-        left = max(0, int(memory * GPU_UTILIZATION) - taken - _GPU_RESERVE) // bytes_per_block
+        left = _core.gpu_kv_cache_budget(memory, taken, GPU_UTILIZATION) // bytes_per_block
         by_default = min(for_all_sequences, left)
         limit = "sequences" if by_default < left else "utilization"
         num_blocks = by_default
     else:
         left = max(0, memory - taken) // bytes_per_block
-        by_default = min(for_all_sequences, memory // 5 * 2 // bytes_per_block)
+        by_default = min(for_all_sequences, _core.host_kv_cache_budget(memory) // bytes_per_block)
         limit = "sequences" if by_default == for_all_sequences else "share"
         num_blocks, limit = min((by_default, limit), (left, "left"), key=lambda item: item[0])
     return MemoryPlan(
@@ -172,7 +168,7 @@ def make_plan(
         copied_weights=copied,
         passed_weights=passed,
         activations=activations,
-        kv_bytes_per_token=bytes_per_token,
+        kv_bytes_per_token=bytes_per_block // BLOCK_SIZE,
         kv_tokens=num_blocks * BLOCK_SIZE,
         kv_limit=limit,
         default_kv_tokens=by_default * BLOCK_SIZE,
@@ -183,6 +179,8 @@ def make_plan(
 
 def _weight_bytes(tensors: list[TensorHeader], limits: Limits) -> tuple[int, int, int]:
     """Bytes that are used in place, that are copies, and that are read once to be copied."""
+    from tinyvllm import _core
+
     dtype = limits.dtype
     tied = all(tensor.name != "lm_head.weight" for tensor in tensors)
     mapped = copied = passed = 0
@@ -191,10 +189,12 @@ def _weight_bytes(tensors: list[TensorHeader], limits: Limits) -> tuple[int, int
         is_matrix = len(tensor.shape) > 1
         is_embedding = tensor.name == "model.embed_tokens.weight"  # whose rows are read, too
         in_place = is_matrix and (stored == dtype or (stored, dtype) == ("bfloat16", "float32"))
-        size = _SIZES[stored if in_place and stored else dtype] if is_matrix else 4
+        kept = stored if in_place and stored else dtype
+        size = _SIZES[kept] if is_matrix else 4
         repacked = limits.repack_weights and is_matrix
         if repacked and (tied or not is_embedding):
-            copied += _panel_bytes(tensor, size)
+            rows, depth = tensor.shape[0], math.prod(tensor.shape[1:])
+            copied += _core.repacked_bytes(rows, depth, kept)
         keeps_rows = is_embedding or not repacked
         if in_place and keeps_rows:
             mapped += tensor.num_bytes
@@ -203,54 +203,3 @@ def _weight_bytes(tensors: list[TensorHeader], limits: Limits) -> tuple[int, int
         if keeps_rows:
             copied += tensor.num_elements * size
     return mapped, copied, passed
-
-
-def _panel_bytes(tensor: TensorHeader, size: int) -> int:
-    """csrc/ops/repack.h: 32 rows side by side, elements of them in pairs of 4 bytes."""
-    rows, depth = tensor.shape
-    return -(-rows // 32) * 32 * -(-depth * size // 4) * 4
-
-
-def _activation_bytes(config: Mapping[str, Any], limits: Limits) -> int:
-    """The buffers of Transformer: so many bytes for each token, and for each row of logits."""
-    hidden: int = config["hidden_size"]
-    head_dim: int = config["head_dim"]
-    intermediate: int = config["intermediate_size"]
-    vocab: int = config["vocab_size"]
-    q: int = config["num_heads"] * head_dim
-    kv: int = config["num_kv_heads"] * head_dim
-    compute = _SIZES[limits.dtype]
-    product = compute if limits.device == "cuda" else 4  # what a matrix product writes
-    a_token = 4 * (hidden + head_dim) + product * (q + 2 * kv + 2 * intermediate)
-    a_token += compute * (hidden + q + intermediate)
-    a_logit_row = 4 * (hidden + vocab) + compute * hidden
-    sequences = _num_rows(limits)
-    tokens = max(limits.max_num_batched_tokens, sequences)
-    return tokens * a_token + max(sequences, _PROMPT_LOGPROB_ROWS) * a_logit_row
-
-
-def _num_rows(limits: Limits) -> int:
-    """Sequences of the largest step; a GPU has graphs of some sizes only."""
-    from tinyvllm import _core
-
-    if limits.device == "cpu":
-        return limits.max_num_seqs
-    return _core.padded_batch_size(limits.max_num_seqs)
-
-
-def _gpu_work_bytes(config: Mapping[str, Any], limits: Limits) -> int:
-    """What CudaRunner has beside the buffers of Transformer: the block tables, a step's arrays, and
-    the workspace, where the splits of long sequences or the candidates of the sampler lie."""
-    from tinyvllm import _core
-
-    own: int = config["max_position_embeddings"]
-    heads: int = config["num_heads"]
-    head_dim: int = config["head_dim"]
-    longest = min(own, limits.max_model_len or own)
-    sequences = _num_rows(limits)
-    rows = max(limits.max_num_batched_tokens, sequences)
-    items = _core.most_decode_items(limits.max_num_seqs, config["num_kv_heads"], longest)
-    table = sequences * -(-longest // BLOCK_SIZE)
-    step = rows * 32 + sequences * 80 + 4 * (2 * items + table)
-    workspace = max(4 * items * heads * (head_dim + 2), sequences * (64 * 16 + 8))
-    return 4 * table + step + workspace

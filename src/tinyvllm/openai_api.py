@@ -286,7 +286,7 @@ def _check_fields(fields: Mapping[str, Any], known: frozenset[str]) -> None:
         if name in known or name in _NOTED:
             continue
         if name not in _NEUTRAL:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(name[:60], known, n=1, cutoff=0.0)[0]
             raise ApiError(f'unknown field "{name:.60}"; the nearest is "{nearest}".', param=name)
         if value not in _NEUTRAL[name]:
             text = json.dumps(value)

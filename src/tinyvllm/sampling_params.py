@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyvllm import _core
+from tinyvllm.checks import integer, number, seed_number
 from tinyvllm.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 64
@@ -68,63 +68,35 @@ class SamplingParams:
     def core(self) -> _core.SamplingParams:
         """The part that the C++ engine needs; it checks the ranges."""
         return _core.SamplingParams(
-            n=_integer("n", self.n, 31),
-            temperature=_number("temperature", self.temperature),
-            top_p=_number("top_p", self.top_p),
-            top_k=_integer("top_k", self.top_k, 31),
-            min_p=_number("min_p", self.min_p),
-            repetition_penalty=_number("repetition_penalty", self.repetition_penalty),
-            presence_penalty=_number("presence_penalty", self.presence_penalty),
-            frequency_penalty=_number("frequency_penalty", self.frequency_penalty),
-            seed=None if self.seed is None else _seed(self.seed),
-            stop_token_ids=[_integer("a stop_token_id", i, 31) for i in self.stop_token_ids or ()],
+            n=integer("n", self.n, 31),
+            temperature=number("temperature", self.temperature),
+            top_p=number("top_p", self.top_p),
+            top_k=integer("top_k", self.top_k, 31),
+            min_p=number("min_p", self.min_p),
+            repetition_penalty=number("repetition_penalty", self.repetition_penalty),
+            presence_penalty=number("presence_penalty", self.presence_penalty),
+            frequency_penalty=number("frequency_penalty", self.frequency_penalty),
+            seed=None if self.seed is None else seed_number(self.seed),
+            stop_token_ids=[integer("a stop_token_id", i, 31) for i in self.stop_token_ids or ()],
             ignore_eos=self.ignore_eos,
             max_tokens=None
             if self.max_tokens is None
-            else _integer("max_tokens", self.max_tokens, 63),
-            min_tokens=_integer("min_tokens", self.min_tokens, 63),
+            else integer("max_tokens", self.max_tokens, 63),
+            min_tokens=integer("min_tokens", self.min_tokens, 63),
             logprobs=_optional("logprobs", self.logprobs),
             prompt_logprobs=_optional("prompt_logprobs", self.prompt_logprobs),
             logit_bias=[
                 (
-                    _integer("a token id of logit_bias", int(token), 31),
-                    _number("a logit_bias", bias),
+                    integer("a token id of logit_bias", int(token), 31),
+                    number("a logit_bias", bias),
                 )
                 for token, bias in (self.logit_bias or {}).items()
             ],
         )
 
 
-def _integer(name: str, value: Any, bits: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise InvalidRequestError(f"{name} is {value!r}; it must be a whole number.") from None
-    if not -(1 << bits) <= number < 1 << bits:
-        raise InvalidRequestError(f"{name} is {number}; it does not fit in {bits + 1} bits.")
-    return number
-
-
 def _optional(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value, 31)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        try:
-            value = float(value.__float__())  # numpy's scalars
-        except (AttributeError, TypeError, ValueError):
-            raise InvalidRequestError(f"{name} is {value!r}; it must be a number.") from None
-    return float(value)
-
-
-def _seed(value: Any) -> int:
-    seed = _integer("seed", value, 64)
-    if seed < 0:
-        raise InvalidRequestError(f"seed is {seed}; it must be from 0 to 2^64 - 1.")
-    return seed
+    return None if value is None else integer(name, value, 31)
 
 
 def _check_stop(stop: Sequence[str]) -> None:

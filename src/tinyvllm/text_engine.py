@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinyvllm import _core, generation_config
 from tinyvllm.chat_template import Message
+from tinyvllm.checks import integer, number, seed_number
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.model_lookup import find_model
 from tinyvllm.request import ActiveRequest, ParsedPrompt
@@ -112,7 +113,23 @@ class TextEngine:
             raise InvalidRequestError(f'load_format is "{load_format}"; it must be auto or dummy.')
         if batching not in ("continuous", "static"):
             raise InvalidRequestError(f'batching is "{batching}"; it must be continuous or static.')
-        self.seed = _random_seed() if seed is None else seed
+        for name, text in {"device": device, "dtype": dtype}.items():
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"{name} is {text!r}; give a text.")
+        whole_numbers = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size": block_size,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "num_gpu_blocks_override": num_gpu_blocks_override,
+            "num_threads": num_threads,
+        }
+        for name, value in whole_numbers.items():
+            if value is not None:
+                integer(name, value, 31 if name == "num_threads" else 63)
+        number("gpu_memory_utilization", gpu_memory_utilization)
+        self.seed = _random_seed() if seed is None else seed_number(seed)
         self.timings: dict[str, float] = {}  # seconds of each part of loading
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._requests: dict[int, ActiveRequest] = {}

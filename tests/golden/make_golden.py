@@ -8,7 +8,7 @@ says whether it is still the same one. `NAME.npz` has
     weights_sha256  of the safetensors files, in order of their names
     token_ids       [T]        a prompt, and the 64 tokens that greedy decoding appends to it
     greedy          [T]        the oracle's best token at each position, float32
-    clear           [T]        where an error within the bound of DESIGN 4.1 cannot change it
+    clear           [T]        where an error within the bound cannot change it
     max_abs         []         max |logit| over all positions
     positions       [P]        the positions whose logits are kept
     logits          [P, vocab] float32, of these

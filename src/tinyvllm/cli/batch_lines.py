@@ -33,6 +33,7 @@ from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.text_engine import TextEngine
 
 MAX_LINE_BYTES = 32 << 20
+_MAX_DEPTH = 64  # of arrays and objects in each other; more would end in a RecursionError somewhere
 
 _API_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 _PLAIN_FIELDS = frozenset({"custom_id", "prompt", "messages", "logprobs"})
@@ -277,7 +278,19 @@ def _parse(data: bytes) -> Mapping[str, Any]:
         raise ApiError(
             f"it holds a JSON {type(value).__name__}; give an object.", code="invalid_json"
         )
+    if _is_deeper(value, _MAX_DEPTH):
+        raise ApiError(
+            f"its arrays and objects lie more than {_MAX_DEPTH} deep in each other.",
+            code="invalid_json",
+        )
     return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -334,6 +334,7 @@ def throughput(**options: Any) -> int:
     from tinyvllm.cli.bench_report import throughput_row
     from tinyvllm.cli.bench_run import Run, run_work
     from tinyvllm.cli.bench_work import Work
+    from tinyvllm.cli.report import note
 
     output = Output()
     with _opened(
@@ -374,7 +375,7 @@ def throughput(**options: Any) -> int:
         report.end()
         errors = [request.error for request in run.requests if request.error is not None]
         if errors:
-            click.echo(f"tinyvllm: {len(errors)} requests failed; the first: {errors[0]}", err=True)
+            note(f"{len(errors)} requests failed; the first: {errors[0]}")
     return 1 if errors else 0
 
 

@@ -25,7 +25,14 @@ from tinyvllm.cli.model_options import (
     sampling_params,
 )
 from tinyvllm.cli.options import Command, option
-from tinyvllm.cli.terminal import Interrupts, Output, Stopped, catch_interrupts, printable
+from tinyvllm.cli.terminal import (
+    Interrupts,
+    Output,
+    Stopped,
+    catch_interrupts,
+    printable,
+    telling,
+)
 from tinyvllm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -293,7 +300,7 @@ class _Chat:
         _say("There is no system prompt." if system is None else f"system prompt: {system}")
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser() if name else self._file
+        path = _path(name) if name else self._file
         if path is None:
             raise InvalidRequestError("/save needs a file name the first time: /save FILE")
         if path != self._file and path.exists():
@@ -305,7 +312,7 @@ class _Chat:
     def _load(self, name: str) -> None:
         if not name:
             raise InvalidRequestError("/load needs the name of a file: /load FILE")
-        path = Path(name).expanduser()
+        path = _path(name)
         self._conversation.load(path)
         self._file = path
         self._context_tokens = 0
@@ -344,12 +351,23 @@ class _Chat:
         self._leaving = True
 
 
+def _path(name: str) -> Path:
+    """A file as the user names it."""
+    if "\0" in name:
+        raise InvalidRequestError("the name of a file cannot have a NUL character.")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of a user whom nobody knows
+        return Path(name)
+
+
 def _say(line: str) -> None:
     """A line that is no answer, on stderr."""
     if sys.stderr is not None:
         width = shutil.get_terminal_size().columns
         wrapped = textwrap.wrap(printable(line), width, initial_indent="  ", subsequent_indent="  ")
-        print("\n".join(wrapped), file=sys.stderr, flush=True)
+        with telling():
+            print("\n".join(wrapped), file=sys.stderr, flush=True)
 
 
 def _count_of(number: int, thing: str) -> str:

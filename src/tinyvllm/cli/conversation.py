@@ -89,7 +89,11 @@ class Conversation:
                 f"{path}: no list of messages. It must look like "
                 '[{"role": "user", "content": "Hello"}, ...].'
             )
-        self._replace([_message(item, f"{path}: message {i}") for i, item in enumerate(value, 1)])
+        messages = [_message(item, f"{path}: message {i}") for i, item in enumerate(value, 1)]
+        try:
+            self._replace(messages)
+        except RecursionError:
+            raise InvalidRequestError(f"{path}: its lists lie too deep in each other.") from None
 
     def save(self, path: Path) -> None:
         """Writes the messages, wholly or not at all."""
@@ -103,6 +107,12 @@ class Conversation:
             raise InvalidRequestError(f"{path}: cannot be written: {error.strerror}.") from None
 
     def _replace(self, messages: list[Message]) -> None:
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()  # as `save` will
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                "a message has half a character, or a byte that is not UTF-8. Take it out."
+            ) from None
         last = messages[-1]["role"] if messages else None
         question = [] if last == "user" else [{"role": "user", "content": "?"}]
         self._tokenizer.apply_chat_template([*messages, *question])  # what it refuses, it says

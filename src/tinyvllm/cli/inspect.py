@@ -19,7 +19,7 @@ from tinyvllm.cli.model_options import (
     hub_options,
     named_shape,
 )
-from tinyvllm.cli.options import Command, Count, option
+from tinyvllm.cli.options import Command, Count, ModelName, option
 from tinyvllm.cli.terminal import Output, printable
 from tinyvllm.errors import CapacityError, DeviceError, InvalidRequestError
 from tinyvllm.memory_plan import (
@@ -62,7 +62,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", required=False, metavar="[MODEL]")
+@click.argument("model", required=False, type=ModelName(), metavar="[MODEL]")
 @hub_options
 @option(
     "--memory",
@@ -136,11 +136,9 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
             "max_position_embeddings."
         )
     num_seqs, step_tokens = options["max_num_seqs"], options["max_num_batched_tokens"]
-    if step_tokens is not None and step_tokens < num_seqs:
-        raise InvalidRequestError(
-            f"max_num_batched_tokens is {step_tokens}; it must be at least max_num_seqs, which is "
-            f"{num_seqs}."
-        )
+    if step_tokens is None:
+        step_tokens = max(2048, num_seqs)
+    _core.check_batch_limits(num_seqs, step_tokens)
     room = _room(options, program)
     if options["repack_weights"] and room.device == "cuda":
         _core.refuse_repacked_weights()
@@ -149,7 +147,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         device=room.device,
         max_model_len=asked,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=step_tokens or max(2048, num_seqs),
+        max_num_batched_tokens=step_tokens,
         repack_weights=options["repack_weights"],
     )
     plan = make_plan(config, tensors, limits, memory=room.memory, program=room.program)
@@ -341,7 +339,6 @@ def _memory(plan: MemoryPlan, limits: Limits, room: _Room) -> dict[str, Any]:
         "asked_model_len": plan.asked_model_len,
         "full_length_sequences": plan.full_length_sequences,
         "needed": plan.needed,
-        "resident": plan.resident,
         "fits": plan.fits,
     }
 
@@ -450,8 +447,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "memory",
-                f"{'':<12}{_size(memory['passed_weights']):>10}  more are read once, to be copied, "
-                "and stay resident while there is room",
+                f"{'':<12}{_size(memory['passed_weights']):>10}  more are read once, to be copied",
             )
         )
     if memory["default_kv_tokens"] > memory["kv_tokens"] > 0:

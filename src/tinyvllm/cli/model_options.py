@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tinyvllm.cli.options import Count, TokenBias, option
+from tinyvllm.cli.options import Count, ModelName, TokenBias, option
 
 if TYPE_CHECKING:
     from tinyvllm.llm import LLM
@@ -51,6 +51,7 @@ def model_options(
             "-m",
             "--model",
             section="Model",
+            type=ModelName(),
             metavar=metavar,
             help=f"{kinds}  [default: the bundled story model]",
         ),

@@ -52,7 +52,20 @@ class Count(click.ParamType):
                 raise ValueError
         except (ValueError, OverflowError):
             self.fail(f"{text!r} is not a whole number such as 512, 2k or 2K.", param, ctx)
+        if number >= 1 << 63:
+            self.fail(f"{text!r} is too large.", param, ctx)
         return int(number)
+
+
+class ModelName(click.ParamType):
+    """A directory or a hub model. An empty text, such as of an unset variable, names none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("it is empty. Leave it out for the bundled story model.", param, ctx)
+        return str(value)
 
 
 class Lengths(click.ParamType):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tinyvllm.cli import startup
-from tinyvllm.cli.terminal import Output, hold_signals, printable
+from tinyvllm.cli.terminal import Output, hold_signals, printable, telling
 from tinyvllm.llm import LLM
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, best_logprobs
 from tinyvllm.sampling_params import SamplingParams
@@ -18,8 +18,10 @@ SCHEMA = 1  # of --json and --jsonl; it changes when a key changes its meaning
 
 
 def note(line: str) -> None:
+    """A line on stderr."""
     if sys.stderr is not None:
-        print(printable(f"tinyvllm: {line}"), file=sys.stderr)
+        with telling():
+            print(printable(f"tinyvllm: {line}"), file=sys.stderr)
 
 
 def notes(llm: LLM, asked_model_len: int | None) -> list[str]:

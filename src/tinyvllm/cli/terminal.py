@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,15 @@ _CONTROLS = {
 def printable(text: str) -> str:
     """Text of a stranger (a model, a file) as a terminal may have it: it cannot drive one."""
     return text.translate(_CONTROLS)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """For writing to stderr: what nobody can hear is lost, and changes nothing else."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for what is left in Python's buffer, too
 
 
 def read_stdin() -> str:

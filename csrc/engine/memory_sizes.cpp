@@ -1,0 +1,67 @@
+#include "engine/memory_sizes.h"
+
+#include <algorithm>
+
+#include "engine/decode_sizes.h"
+#include "engine/runner.h"
+#include "model/transformer.h"
+#include "ops/paged_attention.h"
+#include "ops/sample.h"
+
+namespace tinyvllm {
+namespace {
+
+std::int64_t max_blocks(const StepLimits& limits) {
+  return (limits.max_model_len + limits.block_size - 1) / limits.block_size;
+}
+
+std::int64_t max_items(const StepLimits& limits, const ModelConfig& model) {
+  return most_decode_items(limits.max_sequences, model.num_kv_heads, limits.max_model_len);
+}
+
+}  // namespace
+
+BatchLimits batch_limits(const StepLimits& limits, bool on_gpu) {
+  const std::int64_t sequences =
+      on_gpu ? padded_batch_size(limits.max_sequences) : limits.max_sequences;
+  return {.max_tokens = std::max(limits.max_tokens, sequences),
+          .max_logit_rows = std::max(sequences, kPromptLogprobRows)};
+}
+
+// What there is a row, a sequence, a split and a block of.
+std::size_t step_array_bytes(const StepLimits& limits, const ModelConfig& model) {
+  const std::int64_t sequences = padded_batch_size(limits.max_sequences);
+  const std::int64_t rows = batch_limits(limits, true).max_tokens;
+  return static_cast<std::size_t>(
+      rows * std::int64_t{6 * sizeof(std::int32_t) + sizeof(std::int64_t)} +
+      sequences * std::int64_t{8 * sizeof(std::int32_t) + sizeof(SampleRow)} +
+      (2 * max_items(limits, model) + sequences * max_blocks(limits)) *
+          std::int64_t{sizeof(std::int32_t)} +
+      1024);
+}
+
+std::size_t block_table_bytes(const StepLimits& limits) {
+  return static_cast<std::size_t>(padded_batch_size(limits.max_sequences) * max_blocks(limits)) *
+         sizeof(std::int32_t);
+}
+
+std::size_t op_workspace_bytes(const StepLimits& limits, const ModelConfig& model) {
+  return std::max(
+      paged_attention_workspace_bytes(max_items(limits, model), model.num_heads, model.head_dim),
+      sample_workspace_bytes(padded_batch_size(limits.max_sequences)));
+}
+
+std::int64_t gpu_step_bytes(const StepLimits& limits, const ModelConfig& model) {
+  return static_cast<std::int64_t>(kNumStepArrays * step_array_bytes(limits, model) +
+                                   block_table_bytes(limits) + op_workspace_bytes(limits, model));
+}
+
+std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& model, bool on_gpu,
+                               DType compute) {
+  const BatchLimits batch = batch_limits(limits, on_gpu);
+  const std::int64_t activations =
+      planned_activation_bytes(model, on_gpu, compute, batch.max_tokens, batch.max_logit_rows);
+  return activations + (on_gpu ? gpu_step_bytes(limits, model) : 0);
+}
+
+}  // namespace tinyvllm

@@ -1,0 +1,51 @@
+// What a runner takes of memory for its steps, and how much it gives to the KV cache where nobody says.
+// Arithmetic that every build has, so that memory can be planned before there is a runner, and for a
+// GPU that is elsewhere (src/tinyvllm/memory_plan.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "checkpoint/model_config.h"
+
+namespace tinyvllm {
+
+struct StepLimits {
+  std::int64_t max_tokens, max_sequences;  // of a step, without padding
+  std::int64_t max_model_len;              // of a sequence
+  std::int64_t block_size;                 // of the KV cache
+};
+
+// The largest batch that a Transformer is made for. A GPU pads a step of decodes (decode_sizes.h).
+struct BatchLimits {
+  std::int64_t max_tokens, max_logit_rows;
+};
+BatchLimits batch_limits(const StepLimits& limits, bool on_gpu);
+
+// On a GPU: the arrays of a step at their largest, of which there are so many (StepInputs), the block
+// tables, and the scratch memory of the ops.
+inline constexpr std::size_t kNumStepArrays = 2;
+std::size_t step_array_bytes(const StepLimits& limits, const ModelConfig& model);
+std::size_t block_table_bytes(const StepLimits& limits);
+std::size_t op_workspace_bytes(const StepLimits& limits, const ModelConfig& model);
+std::int64_t gpu_step_bytes(const StepLimits& limits, const ModelConfig& model);  // all of these
+
+// With the activations: what is taken beside the weights and the KV cache.
+std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& model, bool on_gpu,
+                               DType compute);
+
+// On the CPU 40% of what is available, as the weights may still have to be read into the rest.
+constexpr std::int64_t host_kv_cache_budget(std::int64_t available) { return available / 5 * 2; }
+
+// On a GPU what is left of the share that may be used, but for what CUDA graphs and the driver need.
+inline constexpr std::int64_t kGpuReserveBytes = std::int64_t{384} << 20;
+
+constexpr std::int64_t gpu_kv_cache_budget(std::int64_t total, std::int64_t used,
+                                           double utilization) {
+  const auto allowed = static_cast<std::int64_t>(static_cast<double>(total) * utilization);
+  const std::int64_t left = allowed - used - kGpuReserveBytes;
+  return left > 0 ? left : 0;
+}
+
+}  // namespace tinyvllm
