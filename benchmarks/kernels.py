@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py gemm|scaling [--model MODEL] ...
 
-gemm     rate of each matrix of a model over M = 1 to 1,024 rows, beside PyTorch's (oneDNN). The
-         limit is the arithmetic rate, or what reading the weights leaves time for if that is less.
+gemm     rate of each matrix of a model over M = 1 to 1,024 rows, with the weights as they lie and
+         repacked, beside PyTorch's (oneDNN). The limit is the arithmetic rate, or what reading the
+         weights leaves time for if that is less.
 scaling  decode rate over context and over batch, beside the prediction of tinyvllm.model_cost.
 
 Figures go to benchmarks/results/kernels-*.json, .md, .png and .svg: {"schema": 1, "points": [...]}
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +91,15 @@ def torch_timer(num_threads: int, python: str) -> Iterator[Timer | None]:
 def gemm(arguments: argparse.Namespace) -> list[Json]:
     ctx = _core.CpuContext(arguments.num_threads)
 
-    def own(rows: int, outputs: int, depth: int, copies: int, rounds: int) -> list[float]:
-        return _core.time_matmul(ctx, rows, outputs, depth, copies, rounds)
-
     points: list[Json] = []
     with torch_timer(arguments.num_threads, arguments.peers_python) as torch:
-        print(f"{'matrix':8s} {'M':>5s} {'limit':>8s} {'tinyvllm':>15s} {'torch':>15s}  GFLOP/s")
+        timers: dict[str, Timer | None] = {
+            "tinyvllm": partial(_core.time_matmul, ctx, layout="rows"),
+            "tinyvllm repacked": partial(_core.time_matmul, ctx, layout="panels"),
+            "torch": torch,
+        }
+        headings = "".join(f"{peer:>19s}" for peer in timers)
+        print(f"{'matrix':8s} {'M':>5s} {'limit':>8s}{headings}  GFLOP/s")
         for name, (outputs, depth) in matrices(arguments.model).items():
             if arguments.matrices and name not in arguments.matrices:
                 continue
@@ -108,7 +113,7 @@ def gemm(arguments: argparse.Namespace) -> list[Json]:
                     flops / weight_bytes * limits.read_bandwidth_bytes_per_second,
                 )
                 rates: dict[str, float | None] = {}
-                for peer, timer in (("tinyvllm", own), ("torch", torch)):
+                for peer, timer in timers.items():
                     rates[peer] = None
                     if timer is not None:
                         seconds = timer(rows, outputs, depth, copies, arguments.rounds)
@@ -128,13 +133,15 @@ def gemm(arguments: argparse.Namespace) -> list[Json]:
                     "" if rate is None else f"{rate / 1e9:.0f} ({rate / limit:.0%})"
                     for rate in rates.values()
                 ]
-                print(f"{name:8s} {rows:5d} {limit / 1e9:8.0f} {cells[0]:>15s} {cells[1]:>15s}")
+                shown = "".join(f"{cell:>19s}" for cell in cells)
+                print(f"{name:8s} {rows:5d} {limit / 1e9:8.0f}{shown}")
                 sys.stdout.flush()
     return points
 
 
 def gemm_markdown(points: list[Json]) -> str:
-    lines = ["| matrix | M | limit | tinyvllm | torch |", "|---|---|---|---|---|"]
+    peers = list(points[0]["flops_per_second"])
+    lines = [f"| matrix | M | limit | {' | '.join(peers)} |", "|---" * (3 + len(peers)) + "|"]
     for point in points:
         limit = point["limit_flops_per_second"]
         cells = [

@@ -15,6 +15,7 @@ from results import Json
 # apart); the limit is a black line.
 _COLOURS = {
     "tinyvllm": "#d55e00",
+    "tinyvllm repacked": "#56b4e9",
     "llama.cpp": "#0072b2",
     "openvino": "#009e73",
     "transformers": "#e69f00",

@@ -7,8 +7,8 @@
 //   out     [num_rows, outputs]  float32 (on CUDA also bfloat16); may not alias x
 //
 // Pairs (x, weight): bfloat16 x bfloat16, float32 x bfloat16 (widened in registers, exact), float32
-// x float32. Products are added in float32, for one output always in the same order (DESIGN 4.2);
-// each layout has its own.
+// x float32. Products are added in float32, for one output always in the same order
+// (docs/promises.md, 2); each layout has its own.
 #pragma once
 
 #include <array>

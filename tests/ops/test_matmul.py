@@ -1,4 +1,5 @@
-"""matmul: y = x W^T + b against float64, and the order of its sums bit for bit (DESIGN 4.2).
+"""matmul: y = x W^T + b against float64, and the order of its sums bit for bit
+(docs/promises.md, 2).
 
 Weights lie in rows and, on the CPU, in panels (csrc/ops/repack.h).
 """

@@ -8,7 +8,7 @@
 // turned once into a panel [head_dim][position], its values into [position][head_dim], and both
 // products are then the same loop: broadcast an element of the row, multiply with a vector of the
 // panel, add. An output element has one accumulator over ascending k, in one lane, whatever the
-// number of rows; a row's instructions depend on its own position only (DESIGN 4.2).
+// number of rows; a row's instructions depend on its own position only (docs/promises.md, 2).
 //
 // On AMX both panels are right operands as they are, and a product adds up 32 elements of k at a time
 // (amx.h): of the keys where head_dim is made of such steps, of the values where a row sees all of a
