@@ -34,7 +34,7 @@ $(STAMPS)/venv: requirements-build.txt
 # Editable: a change to Python code counts at once, one to C++ code with the next make.
 # Isolation would hand CMake another toolchain path each time and so compile everything anew; what is
 # used instead are the tools in .venv. `pip install .` and `make asan` build in isolation.
-$(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt cmake/cuda.cmake $(CORE_FILES)
+$(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(CORE_FILES)
 	@echo "Building tinyvllm into .venv; from nothing this takes one to two minutes."
 	$(BIN)/python $(PIP_INSTALL) --no-build-isolation -e '.[test]'
 	@$(BIN)/python -c 'from tinyvllm import _core; print("Built tinyvllm", _core.__version__ + \
@@ -56,13 +56,17 @@ $(STAMPS)/oracle: $(STAMPS)/venv requirements-oracle.txt
 
 build: $(STAMPS)/build  ## build and install into .venv, editable
 
-# What CMake is told stays told: later builds in .venv have CUDA, too.
+# NVIDIA's packages are installed where there is no CUDA toolkit. What CMake is told stays told: later
+# builds in .venv have CUDA, too.
 $(STAMPS)/cuda: $(STAMPS)/venv requirements-cuda.txt
-	$(BIN)/python $(PIP_INSTALL) -r requirements-cuda.txt
-	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_CUDA=ON -e '.[test,cuda]'
+	@if $(BIN)/cmake -P cmake/find_cuda.cmake; then extras=test; else extras=test,cuda; \
+	  echo "NVIDIA's compiler and cuBLAS come from pip."; \
+	  $(BIN)/python $(PIP_INSTALL) -r requirements-cuda.txt || exit; fi; \
+	echo "Building tinyvllm with CUDA into .venv."; \
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_CUDA=ON -e ".[$$extras]"
 	@touch $@
 
-cuda: $(STAMPS)/cuda  ## the same with the CUDA backend; NVIDIA's compiler comes from pip
+cuda: $(STAMPS)/cuda  ## the same with the CUDA backend, by the toolkit that is there or NVIDIA's pip packages
 	@$(MAKE) --no-print-directory build
 
 # --- Use -----------------------------------------------------------------------------------------

@@ -23,34 +23,15 @@ if(tinyvllm_cuda_wanted STREQUAL "EMULATE")
   set(tinyvllm_cuda EMULATE)
   set(tinyvllm_cuda_summary "CUDA emulated")
 elseif(tinyvllm_cuda_wanted MATCHES "^(AUTO|ON)$")
-  # The pip packages put all of CUDA 13 into site-packages/nvidia/cu13.
-  file(GLOB tinyvllm_cuda_pip "${Python_SITEARCH}/nvidia/cu*" "${Python_SITELIB}/nvidia/cu*")
-  find_program(TINYVLLM_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
-               PATHS ${tinyvllm_cuda_pip} /usr/local/cuda PATH_SUFFIXES bin)
-  set(missing "")
-  if(TINYVLLM_NVCC)
-    # Where nvcc itself says that it lies; the one on the PATH may be a wrapper.
-    execute_process(COMMAND ${TINYVLLM_NVCC} --dryrun --run x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
-    if(dryrun MATCHES "#\\$ TOP=([^\r\n]*)")
-      get_filename_component(tinyvllm_cuda_root "${CMAKE_MATCH_1}" REALPATH)
-    endif()
-    find_path(TINYVLLM_CUBLASLT_INCLUDE cublasLt.h
-              HINTS ${tinyvllm_cuda_root}/include ${tinyvllm_cuda_pip} PATH_SUFFIXES include)
-  else()
-    list(APPEND missing "nvcc")
-  endif()
-  if(NOT TINYVLLM_CUBLASLT_INCLUDE)
-    list(APPEND missing "the headers of cuBLAS")
-  endif()
-  list(JOIN missing " and " missing)
-  if(NOT missing)
+  include(${CMAKE_CURRENT_LIST_DIR}/find_cuda.cmake)
+  if(NOT tinyvllm_cuda_missing)
     set(tinyvllm_cuda ON)
   elseif(tinyvllm_cuda_wanted STREQUAL "ON")
-    message(FATAL_ERROR "TINYVLLM_CUDA=ON: ${missing} not found. Run `make cuda`, or `pip install "
+    message(FATAL_ERROR "TINYVLLM_CUDA=ON: ${tinyvllm_cuda_missing} not found. Run `make cuda`, or `pip install "
                         "-r requirements-cuda.txt` into the Python that builds, or install the CUDA "
                         "toolkit and set CUDA_HOME.")
   else()
-    set(tinyvllm_cuda_summary "no CUDA: ${missing} not found")
+    set(tinyvllm_cuda_summary "no CUDA: ${tinyvllm_cuda_missing} not found")
   endif()
 elseif(NOT tinyvllm_cuda_wanted STREQUAL "OFF")
   message(FATAL_ERROR "TINYVLLM_CUDA is ${TINYVLLM_CUDA}; it must be AUTO, ON, OFF or EMULATE.")

@@ -351,7 +351,11 @@ class Model {
       sequence.num_computed_tokens = static_cast<std::size_t>(first);
       const std::vector<ScheduledSequence> sequences = {{&sequence, count}};
       const std::vector<BlockCopy> no_copies;
-      runner->launch({.sequences = sequences, .copies = no_copies, .draws = {}, .prompt_rows = {}});
+      runner->launch({.sequences = sequences,
+                      .copies = no_copies,
+                      .draws = {},
+                      .prompt_rows = {},
+                      .all_rows = true});
       runner->collect();
       std::vector<std::int32_t> rows(static_cast<std::size_t>(count));
       std::iota(rows.begin(), rows.end(), 0);

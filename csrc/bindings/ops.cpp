@@ -102,12 +102,16 @@ DType named(const std::string& dtype) {
   refuse("dtype \"" + dtype + "\" is not float32 or bfloat16");
 }
 
-py::array bind_gather_rows(const AnyContext& any, const Ints& rows, const py::array& table) {
+py::array bind_gather_rows(const AnyContext& any, const Ints& rows, const py::array& table,
+                           const std::string& dtype) {
   const MutTensorView source = view(table);
+  if (named(dtype) != DType::kFloat32 && named(dtype) != source.dtype) {
+    refuse("out is float32, or what the table is");
+  }
   for (const std::int32_t row : span_of(rows)) {
     if (row < 0 || row >= source.rows) refuse("a row number is outside the table");
   }
-  py::array out = make(DType::kFloat32, rows.size(), source.cols);
+  py::array out = make(named(dtype), rows.size(), source.cols);
   run(any, [&](const auto& ctx, auto& operands) {
     gather_rows(ctx, operands.read(span_of(rows)), operands.read(source),
                 operands.write(view(out)));
@@ -533,7 +537,8 @@ void bind_ops(py::module_& module) {
              "Seconds of one bfloat16 matmul [rows, depth] x [outputs, depth], a value a round.");
 
   py::module_ ops = module.def_submodule("ops", "The ops of the engine on NumPy arrays.");
-  ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"));
+  ops.def("gather_rows", &bind_gather_rows, py::arg("ctx"), py::arg("rows"), py::arg("table"),
+          py::arg("dtype") = "float32");
   ops.def("rms_norm", &bind_rms_norm, py::arg("ctx"), py::arg("x"), py::arg("weight"),
           py::arg("eps"), py::arg("dtype") = "float32");
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),

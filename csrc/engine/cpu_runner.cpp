@@ -48,8 +48,7 @@ void CpuRunner::make_kv_cache(const KvShape& shape) {
 
 void CpuRunner::launch(const StepPlan& plan) {
   copy_blocks(ctx_, *kv_cache_, plan.copies);
-  forward(plan);
-  draw(plan.draws);
+  draw(plan.draws, forward(plan));
   result_.prompt_logprobs.clear();
   for (std::size_t first = 0; first < plan.prompt_rows.size(); first += kPromptLogprobRows) {
     const std::span<const PromptRow> rest = std::span(plan.prompt_rows).subspan(first);
@@ -57,7 +56,9 @@ void CpuRunner::launch(const StepPlan& plan) {
   }
 }
 
-void CpuRunner::forward(const StepPlan& plan) {
+// The logits of the rows that are drawn from. Forks draw from the row of the sequence that stands for
+// them: only their sample numbers differ.
+MutTensorView CpuRunner::forward(const StepPlan& plan) {
   tokens_.clear();
   positions_.clear();
   slots_.clear();
@@ -75,21 +76,21 @@ void CpuRunner::forward(const StepPlan& plan) {
       slots_.push_back(sequence->slot(position, block_size));
     }
   }
-  model_.forward(Batch<std::span<const BatchSequence>>{tokens_, positions_, slots_, sequences_},
-                 *kv_cache_);
-}
-
-// Forks draw from the row of the sequence that stands for them: only their sample numbers differ. A
-// row that cannot be sampled is an error of its own draws and of no others.
-void CpuRunner::draw(const std::vector<Draw>& draws) {
   rows_.clear();
-  for (const Draw& draw : draws) {
+  for (const Draw& draw : plan.draws) {
     if (rows_.empty() || rows_.back() != draw.row) rows_.push_back(draw.row);
   }
+  const Batch<std::span<const BatchSequence>> batch{tokens_, positions_, slots_, sequences_};
+  if (plan.only_draws()) return model_.forward(batch, *kv_cache_, rows_);
+  model_.forward(batch, *kv_cache_);
+  return rows_.empty() ? MutTensorView{} : model_.logits(rows_);
+}
+
+// A row that cannot be sampled is an error of its own draws and of no others.
+void CpuRunner::draw(const std::vector<Draw>& draws, TensorView logits) {
   result_.samples.resize(draws.size());
   result_.errors.assign(draws.size(), nullptr);
-  if (rows_.empty()) return;
-  const MutTensorView logits = model_.logits(rows_);
+  if (draws.empty()) return;
   ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int worker) {
     const auto index = static_cast<std::size_t>(i);
     const Draw& draw = draws[index];

@@ -31,8 +31,8 @@ class CpuRunner : public Runner {
   void abandon() override {}
 
  private:
-  void forward(const StepPlan& plan);
-  void draw(const std::vector<Draw>& draws);
+  MutTensorView forward(const StepPlan& plan);
+  void draw(const std::vector<Draw>& draws, TensorView logits);
   void find_prompt_logprobs(std::span<const PromptRow> rows);
 
   const CpuContext ctx_;

@@ -199,6 +199,7 @@ DeviceStep StepArrays::fill(std::size_t number, const StepPlan& plan) {
           .table_starts = arrays.table_starts.device,
           .num_sequences = static_cast<std::int32_t>(counts.sequences()),
           .logit_rows = {arrays.logit_rows.device, static_cast<std::size_t>(num_logits)},
+          .only_draws = plan.only_draws(),
           .draws = arrays.draws,
           .num_draws = counts.draws};
 }

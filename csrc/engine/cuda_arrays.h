@@ -33,6 +33,7 @@ struct DeviceStep {
   const std::int32_t* table_starts;
   std::int32_t num_sequences;
   std::span<const std::int32_t> logit_rows;
+  bool only_draws = false;  // no other logits are asked for
   // One for each draw of the plan, then padding. The host's are the caller's to write.
   StepInputs::Array<SampleRow> draws;
   std::int64_t num_draws;

@@ -29,6 +29,7 @@ void LogprobBuffers::make_room(const CudaContext& ctx, std::int64_t rows) {
   const std::array<cuda::PinnedMemory, kStepsInFlight> old = std::move(host_);
   const std::int64_t old_rows = std::exchange(rows_, rows);
   device_ = cuda::DeviceMemory(logprob_bytes(rows), "logprobs");
+  cuda::fill_bytes(ctx, device_.data(), 0, device_.size());  // all of it is fetched, used or not
   for (std::size_t i = 0; i < kStepsInFlight; ++i) {
     host_[i] = cuda::PinnedMemory(logprob_bytes(rows), "logprobs");
     const LogprobOutputs from = logprobs_at(old[i].data(), old_rows);

@@ -94,8 +94,12 @@ void CudaRunner::compute(const DeviceStep& step) {
                       step.batch.sequences.max_blocks, step.block_tables);
   feed_tokens(ctx_, device_tokens(), step.sources,
               static_cast<std::int32_t>(step.batch.tokens.size()), step.tokens);
-  model_.forward(step.batch, *kv_cache_);
-  logits_ = step.logit_rows.empty() ? MutTensorView{} : model_.logits(step.logit_rows);
+  if (step.only_draws) {
+    logits_ = model_.forward(step.batch, *kv_cache_, step.logit_rows);
+  } else {
+    model_.forward(step.batch, *kv_cache_);
+    logits_ = step.logit_rows.empty() ? MutTensorView{} : model_.logits(step.logit_rows);
+  }
 }
 
 void CudaRunner::compute_as_graph(const DeviceStep& step, const SampleBatch& draws) {

@@ -41,6 +41,10 @@ struct StepPlan {
   const std::vector<BlockCopy>& copies;
   std::vector<Draw> draws;
   std::vector<PromptRow> prompt_rows;
+  bool all_rows = false;  // copy_logits() will ask for rows that nothing is drawn from
+
+  // Whether logits are wanted of the rows that are drawn from, and of no others.
+  bool only_draws() const { return prompt_rows.empty() && !all_rows; }
 };
 
 struct StepResult {
@@ -87,7 +91,8 @@ class Runner {
   // move from, until the next call.
   virtual StepResult& collect() = 0;
 
-  // For tests: the logits [rows, vocab], float32, of some rows of the batch that was launched last.
+  // For tests: the logits [rows, vocab], float32, of some rows of the batch that was launched last,
+  // with all_rows.
   virtual void copy_logits(std::span<const std::int32_t> rows, float* out) = 0;
 
   // After an error: waits for all steps in flight and drops their results.

@@ -36,6 +36,7 @@ Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config,
       attention_(ctx, weights_.compute, max_tokens, config.num_heads * config.head_dim),
       gate_up_(ctx, ctx.product_dtype(weights_.compute), max_tokens, 2 * config.intermediate_size),
       activated_(ctx, weights_.compute, max_tokens, config.intermediate_size),
+      last_attention_(ctx, weights_.compute, max_logit_rows, config.num_heads * config.head_dim),
       last_residual_(ctx, DType::kFloat32, max_logit_rows, config.hidden_size),
       last_normalized_(ctx, weights_.compute, max_logit_rows, config.hidden_size),
       logits_(ctx, DType::kFloat32, max_logit_rows, config.vocab_size) {}
@@ -45,7 +46,7 @@ std::int64_t Transformer<Context>::activation_bytes() const {
   std::int64_t bytes = 0;
   for (const Buffer* buffer : std::initializer_list<const Buffer*>{
            &residual_, &normalized_, &cos_sin_, &qkv_, &attention_, &gate_up_, &activated_,
-           &last_residual_, &last_normalized_, &logits_}) {
+           &last_attention_, &last_residual_, &last_normalized_, &logits_}) {
     bytes += buffer->bytes();
   }
   return bytes;
@@ -77,19 +78,41 @@ std::int64_t planned_activation_bytes(const ModelConfig& config, bool on_gpu, DT
 template <typename Context>
 template <typename Sequences>
 void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv) {
+  run_layers(batch, kv, nullptr);
+}
+
+template <typename Context>
+template <typename Sequences>
+MutTensorView Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv,
+                                            std::span<const std::int32_t> rows) {
+  check_logit_rows(std::ssize(rows));
+  if (rows.size() == batch.tokens.size()) {
+    run_layers(batch, kv, nullptr);
+    return logits(rows);
+  }
+  run_layers(batch, kv, &rows);
+  return rows.empty() ? logits_view(0) : last_logits(std::ssize(rows));
+}
+
+// last_rows: of which tokens alone the last layer is computed to its end, or null: of all. They go
+// into buffers of their own.
+template <typename Context>
+template <typename Sequences>
+void Transformer<Context>::run_layers(const Batch<Sequences>& batch, const KvCache& kv,
+                                      const std::span<const std::int32_t>* last_rows) {
   const auto num_tokens = static_cast<std::int64_t>(batch.tokens.size());
   if (num_tokens > residual_.view.rows) {
     throw Error("A batch of " + std::to_string(num_tokens) +
                 " tokens is larger than this model was made for (" +
                 std::to_string(residual_.view.rows) + ").");
   }
-  const MutTensorView residual = first_rows(residual_.view, num_tokens);
-  const MutTensorView normalized = first_rows(normalized_.view, num_tokens);
+  MutTensorView residual = first_rows(residual_.view, num_tokens);
+  MutTensorView normalized = first_rows(normalized_.view, num_tokens);
+  MutTensorView attention = first_rows(attention_.view, num_tokens);
+  MutTensorView gate_up = first_rows(gate_up_.view, num_tokens);
+  MutTensorView activated = first_rows(activated_.view, num_tokens);
   const MutTensorView cos_sin = first_rows(cos_sin_.view, num_tokens);
   const MutTensorView qkv = first_rows(qkv_.view, num_tokens);
-  const MutTensorView attention = first_rows(attention_.view, num_tokens);
-  const MutTensorView gate_up = first_rows(gate_up_.view, num_tokens);
-  const MutTensorView activated = first_rows(activated_.view, num_tokens);
 
   const float eps = config_.rms_norm_eps;
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
@@ -104,6 +127,17 @@ void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache&
     rope_and_attend(ctx_, qkv, config_.num_heads, layer.q_norm, layer.k_norm, eps, cos_sin,
                     batch.slots, kv.layer(l), batch.sequences,
                     config_.sliding_window[static_cast<std::size_t>(l)], scale, attention);
+    if (l == config_.num_layers - 1 && last_rows != nullptr) {
+      const std::int64_t num_rows = std::ssize(*last_rows);
+      if (num_rows == 0) return;
+      gather_rows(ctx_, *last_rows, attention, first_rows(last_attention_.view, num_rows));
+      gather_rows(ctx_, *last_rows, residual, first_rows(last_residual_.view, num_rows));
+      attention = first_rows(last_attention_.view, num_rows);
+      residual = first_rows(last_residual_.view, num_rows);
+      normalized = first_rows(normalized, num_rows);
+      gate_up = first_rows(gate_up, num_rows);
+      activated = first_rows(activated, num_rows);
+    }
     matmul_add(ctx_, attention, layer.attention_output, residual);
 
     norm_swiglu(ctx_, residual, layer.post_attention_norm, eps, layer.gate_up, normalized, gate_up,
@@ -114,27 +148,40 @@ void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache&
 
 template <typename Context>
 MutTensorView Transformer<Context>::logits(std::span<const std::int32_t> rows) {
-  const auto num_rows = static_cast<std::int64_t>(rows.size());
-  if (num_rows > logits_.view.rows) {
-    throw Error("Logits of " + std::to_string(num_rows) +
-                " tokens are more than this model was made for (" +
-                std::to_string(logits_.view.rows) + ").");
-  }
-  const MutTensorView residual = first_rows(last_residual_.view, num_rows);
-  const MutTensorView normalized = first_rows(last_normalized_.view, num_rows);
+  check_logit_rows(std::ssize(rows));
+  gather_rows(ctx_, rows, residual_.view, first_rows(last_residual_.view, std::ssize(rows)));
+  return last_logits(std::ssize(rows));
+}
+
+// Of what lies in the first rows of last_residual_.
+template <typename Context>
+MutTensorView Transformer<Context>::last_logits(std::int64_t num_rows) {
   const MutTensorView logits = logits_view(num_rows);
-  gather_rows(ctx_, rows, residual_.view, residual);
-  norm_matmul(ctx_, residual, weights_.final_norm, config_.rms_norm_eps, weights_.lm_head,
-              normalized, logits);
+  norm_matmul(ctx_, first_rows(last_residual_.view, num_rows), weights_.final_norm,
+              config_.rms_norm_eps, weights_.lm_head, first_rows(last_normalized_.view, num_rows),
+              logits);
   return logits;
+}
+
+template <typename Context>
+void Transformer<Context>::check_logit_rows(std::int64_t num_rows) const {
+  if (num_rows <= logits_.view.rows) return;
+  throw Error("Logits of " + std::to_string(num_rows) +
+              " tokens are more than this model was made for (" +
+              std::to_string(logits_.view.rows) + ").");
 }
 
 template class Transformer<CpuContext>;
 template void Transformer<CpuContext>::forward(const Batch<std::span<const BatchSequence>>&,
                                                const KvCache&);
+template MutTensorView Transformer<CpuContext>::forward(
+    const Batch<std::span<const BatchSequence>>&, const KvCache&, std::span<const std::int32_t>);
 #if defined(TINYVLLM_HAS_CUDA)
 template class Transformer<CudaContext>;
 template void Transformer<CudaContext>::forward(const Batch<CudaSequences>&, const KvCache&);
+template MutTensorView Transformer<CudaContext>::forward(const Batch<CudaSequences>&,
+                                                         const KvCache&,
+                                                         std::span<const std::int32_t>);
 #endif
 
 }  // namespace tinyvllm

@@ -51,7 +51,14 @@ class Transformer {
   // The output matrix is the largest of all, so that only those are computed that are used.
   MutTensorView logits(std::span<const std::int32_t> rows);
 
-  // Where logits() writes those of so many rows.
+  // Both at once, where no other tokens' logits are wanted: nothing looks at the others behind the
+  // attention of the last layer, so that the rest of it is computed for these alone, each once.
+  // logits() cannot be asked for more of this batch.
+  template <typename Sequences>
+  MutTensorView forward(const Batch<Sequences>& batch, const KvCache& kv,
+                        std::span<const std::int32_t> rows);
+
+  // Where the logits of so many rows are written.
   MutTensorView logits_view(std::int64_t num_rows) const {
     return first_rows(logits_.view, num_rows);
   }
@@ -75,6 +82,12 @@ class Transformer {
         : Buffer(ctx, dtype, rows, cols, ctx.operand_stride(dtype, cols)) {}
   };
 
+  template <typename Sequences>
+  void run_layers(const Batch<Sequences>& batch, const KvCache& kv,
+                  const std::span<const std::int32_t>* last_rows);
+  MutTensorView last_logits(std::int64_t num_rows);
+  void check_logit_rows(std::int64_t num_rows) const;
+
   const Context& ctx_;
   const ModelConfig config_;
   const Weights weights_;
@@ -86,6 +99,7 @@ class Transformer {
   Operand attention_;        // [max_tokens, num_heads * head_dim]                 compute
   Buffer gate_up_;           // [max_tokens, 2 intermediate]                       product
   Operand activated_;        // [max_tokens, intermediate]                         compute
+  Operand last_attention_;   // [max_logit_rows, num_heads * head_dim]             compute
   Buffer last_residual_;     // [max_logit_rows, hidden]                           float32
   Operand last_normalized_;  // [max_logit_rows, hidden]                           compute
   Buffer logits_;            // [max_logit_rows, vocab]                            float32

@@ -2,7 +2,7 @@
 //
 //   rows   [num_rows]          each in [0, rows of table); the caller has checked it
 //   table  [any, cols]         float32 or bfloat16
-//   out    [num_rows, cols]    float32
+//   out    [num_rows, cols]    float32, or the dtype of table
 //
 // With token ids and the embedding matrix this is the token embedding; the rows are read where they
 // lie.

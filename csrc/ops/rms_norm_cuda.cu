@@ -7,19 +7,28 @@
 namespace tinyvllm {
 namespace {
 
-// A block a row. The row is read twice, the second time from the L1 cache: once for the sum of its
-// squares, once to be scaled.
+constexpr int kKept = 2;  // pieces of its row that a thread keeps in registers
+
+// A block a row. What a thread does not keep it reads twice, the second time from the L1 cache: once
+// for the sum of the squares, once to be scaled.
 template <typename Out, int kWidth>
 __global__ void rms_norm_kernel(const float* x, std::int64_t x_stride, const float* weight,
-                                float eps, std::int64_t cols, Out* out, std::int64_t out_stride) {
+                                float eps, int cols, Out* out, std::int64_t out_stride) {
   const float* row = x + blockIdx.x * x_stride;
-  const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kWidth;
-  const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kWidth;
+  Out* out_row = out + blockIdx.x * out_stride;
+  const int first = static_cast<int>(threadIdx.x) * kWidth;
+  const int step = static_cast<int>(blockDim.x) * kWidth;
   cuda::let_next_begin();
   cuda::wait_for_previous();
 
-  float squares = 0;
-  for (std::int64_t i = first; i < cols; i += step) {
+  float kept[kKept][kWidth], squares = 0;
+#pragma unroll
+  for (int p = 0; p < kKept; ++p) {
+    if (first + p * step >= cols) continue;
+    cuda::load(row + first + p * step, kept[p]);
+    for (const float value : kept[p]) squares += value * value;
+  }
+  for (int i = first + kKept * step; i < cols; i += step) {
     float values[kWidth];
     cuda::load(row + i, values);
     for (const float value : values) squares += value * value;
@@ -27,12 +36,20 @@ __global__ void rms_norm_kernel(const float* x, std::int64_t x_stride, const flo
   squares = cuda::block_sum(squares, reinterpret_cast<float*>(cuda::shared_memory()));
   const float scale = 1.0f / sqrtf(squares / static_cast<float>(cols) + eps);
 
-  for (std::int64_t i = first; i < cols; i += step) {
+#pragma unroll
+  for (int p = 0; p < kKept; ++p) {
+    if (first + p * step >= cols) continue;
+    float weights[kWidth];
+    cuda::load(weight + first + p * step, weights);
+    for (int j = 0; j < kWidth; ++j) kept[p][j] = kept[p][j] * scale * weights[j];
+    cuda::store(out_row + first + p * step, kept[p]);
+  }
+  for (int i = first + kKept * step; i < cols; i += step) {
     float values[kWidth], weights[kWidth];
     cuda::load(row + i, values);
     cuda::load(weight + i, weights);
     for (int j = 0; j < kWidth; ++j) values[j] = values[j] * scale * weights[j];
-    cuda::store(out + blockIdx.x * out_stride + i, values);
+    cuda::store(out_row + i, values);
   }
 }
 
@@ -46,17 +63,18 @@ void rms_norm(const CudaContext& ctx, TensorView x, const float* weight, float e
   cuda::with_element(out.dtype, [&](auto element) {
     using Out = decltype(element);
     cuda::with_width<kWidth>(wide, [&](auto width) {
-      // As many threads as the row has pieces, in whole warps: of the row alone, so that the order
-      // of the sum is, too.
+      // As many threads as keep the row, in whole warps: of the row alone, so that the order of the
+      // sum is, too.
       const std::int64_t pieces = (x.cols + width() - 1) / width();
-      const std::int64_t warps = std::clamp<std::int64_t>((pieces + 31) / 32, 1, 16);
+      const std::int64_t warps =
+          std::clamp<std::int64_t>((pieces + 32 * kKept - 1) / (32 * kKept), 1, 16);
       cuda::launch(ctx, "rms_norm",
                    {.grid = static_cast<unsigned>(x.rows),
                     .block = static_cast<unsigned>(32 * warps),
                     .shared_bytes = static_cast<std::size_t>(warps) * sizeof(float),
                     .overlaps_previous = true},
                    rms_norm_kernel<Out, width()>, x.row<float>(0), x.row_stride, weight, eps,
-                   x.cols, out.row<Out>(0), out.row_stride);
+                   static_cast<int>(x.cols), out.row<Out>(0), out.row_stride);
     });
   });
 }

@@ -24,32 +24,34 @@ __global__ void rope_angles_kernel(const std::int32_t* __restrict__ positions,
 
 struct Heads {
   int num_heads, num_kv_heads, head_dim, block_size;
+  int block_shift;  // log2(block_size); -1 where it is not a power of two
   std::int64_t block_stride;
 };
 
-// A group of `lanes` lanes, a power of two, takes one head of one token: each of them kWidth elements
-// of the left half and the kWidth that turn with them. Heads of q are written back, heads of k and v
-// go to the token's slot.
+// A token for each block in x, its heads over the blocks in y. A group of 2^lanes_shift lanes takes
+// one head: each of them kWidth elements of the left half and the kWidth that turn with them. Heads
+// of q are written back, heads of k and v go to the token's slot. There is so little to do for a head
+// that a division of 64-bit numbers would be a good part of it.
 template <typename T, typename Cache, int kWidth>
 __global__ void qk_norm_rope_and_cache_kernel(T* qkv, std::int64_t qkv_stride, Heads heads,
                                               const float* q_norm, const float* k_norm, float eps,
                                               const float* cos_sin, std::int64_t cos_sin_stride,
-                                              const std::int64_t* slots, std::int64_t num_tokens,
-                                              int lanes, Cache* keys, Cache* values) {
-  const int num_all = heads.num_heads + 2 * heads.num_kv_heads;
-  const std::int64_t group =
-      (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const int first = static_cast<int>(threadIdx.x) % lanes * kWidth, step = lanes * kWidth;
+                                              const std::int64_t* slots, int lanes_shift,
+                                              Cache* keys, Cache* values) {
+  const int lanes = 1 << lanes_shift;
+  const int h = (static_cast<int>(blockIdx.y * blockDim.x) + static_cast<int>(threadIdx.x)) >>
+                lanes_shift;
+  const int first = (static_cast<int>(threadIdx.x) & (lanes - 1)) * kWidth, step = lanes * kWidth;
   const int half = heads.head_dim / 2;
-  const std::int64_t t = group / num_all;
-  const int h = static_cast<int>(group % num_all);
+  const std::int64_t t = blockIdx.x;
   const bool is_query = h < heads.num_heads;
   const bool is_value = h >= heads.num_heads + heads.num_kv_heads;
   cuda::let_next_begin();
   cuda::wait_for_previous();
 
-  const std::int64_t slot = t < num_tokens ? slots[t] : -1;
-  const bool active = slot >= 0;  // the lanes of the others still take part in the sums
+  const std::int64_t slot = slots[t];
+  // The lanes of the others still take part in the sums.
+  const bool active = slot >= 0 && h < heads.num_heads + 2 * heads.num_kv_heads;
   T* head = qkv + t * qkv_stride + static_cast<std::int64_t>(h) * heads.head_dim;
   const float* norm = is_query ? q_norm : is_value ? nullptr : k_norm;
   float scale = 1;
@@ -68,8 +70,10 @@ __global__ void qk_norm_rope_and_cache_kernel(T* qkv, std::int64_t qkv_stride, H
   }
   if (!active) return;
 
-  const std::int64_t block = slot / heads.block_size, in_block = slot % heads.block_size;
-  const int kv_head = (h - heads.num_heads) % heads.num_kv_heads;
+  const std::int64_t block =
+      heads.block_shift >= 0 ? slot >> heads.block_shift : slot / heads.block_size;
+  const std::int64_t in_block = slot - block * heads.block_size;
+  const int kv_head = h - heads.num_heads - (is_value ? heads.num_kv_heads : 0);
   const std::int64_t target =
       block * heads.block_stride +
       (static_cast<std::int64_t>(kv_head) * heads.block_size + in_block) * heads.head_dim;
@@ -130,11 +134,15 @@ void rope_angles(const CudaContext& ctx, std::span<const std::int32_t> positions
 void qk_norm_rope_and_cache(const CudaContext& ctx, MutTensorView qkv, std::int64_t num_heads,
                             const float* q_norm, const float* k_norm, float eps, TensorView cos_sin,
                             std::span<const std::int64_t> slots, const KvLayer& cache) {
-  constexpr int kWidth = 4;
+  constexpr int kWidth = 8;
   const KvShape& shape = cache.shape;
-  const Heads heads{static_cast<int>(num_heads), static_cast<int>(shape.num_kv_heads),
-                    static_cast<int>(shape.head_dim), static_cast<int>(shape.block_size),
-                    shape.block_stride()};
+  const auto block_size = static_cast<std::uint32_t>(shape.block_size);
+  const Heads heads{.num_heads = static_cast<int>(num_heads),
+                    .num_kv_heads = static_cast<int>(shape.num_kv_heads),
+                    .head_dim = static_cast<int>(shape.head_dim),
+                    .block_size = static_cast<int>(block_size),
+                    .block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1,
+                    .block_stride = shape.block_stride()};
   const std::int64_t half = shape.head_dim / 2;
   const auto aligned = [&](const void* data, DType dtype, std::int64_t stride) {
     return cuda::wide_elements(data, dtype, stride, kWidth);
@@ -149,14 +157,17 @@ void qk_norm_rope_and_cache(const CudaContext& ctx, MutTensorView qkv, std::int6
         using T = decltype(element);
         using Cache = decltype(cached);
         const auto pieces = static_cast<unsigned>((half + width() - 1) / width());
-        const int lanes = static_cast<int>(std::min(32u, std::bit_ceil(pieces)));
-        const std::int64_t groups = qkv.rows * (num_heads + 2 * shape.num_kv_heads);
-        cuda::launch(
-            ctx, "qk_norm_rope_and_cache",
-            {.grid = blocks_for(groups * lanes), .block = kThreads, .overlaps_previous = true},
-            qk_norm_rope_and_cache_kernel<T, Cache, width()>, qkv.row<T>(0), qkv.row_stride, heads,
-            q_norm, k_norm, eps, cos_sin.row<float>(0), cos_sin.row_stride, slots.data(), qkv.rows,
-            lanes, static_cast<Cache*>(cache.keys), static_cast<Cache*>(cache.values));
+        const unsigned lanes = std::min(32u, std::bit_ceil(pieces));
+        const auto threads = static_cast<unsigned>(num_heads + 2 * shape.num_kv_heads) * lanes;
+        const unsigned block = std::min(256u, (threads + 31) / 32 * 32);
+        cuda::launch(ctx, "qk_norm_rope_and_cache",
+                     {.grid = dim3(static_cast<unsigned>(qkv.rows), (threads + block - 1) / block),
+                      .block = block,
+                      .overlaps_previous = true},
+                     qk_norm_rope_and_cache_kernel<T, Cache, width()>, qkv.row<T>(0),
+                     qkv.row_stride, heads, q_norm, k_norm, eps, cos_sin.row<float>(0),
+                     cos_sin.row_stride, slots.data(), std::countr_zero(lanes),
+                     static_cast<Cache*>(cache.keys), static_cast<Cache*>(cache.values));
       });
     });
   });

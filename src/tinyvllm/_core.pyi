@@ -288,7 +288,9 @@ class _Ops:
     """tinyvllm._core.ops: a module there, to be used through its attributes."""
 
     @staticmethod
-    def gather_rows(ctx: Context, rows: npt.ArrayLike, table: Tensor) -> Floats: ...
+    def gather_rows(
+        ctx: Context, rows: npt.ArrayLike, table: Tensor, dtype: str = "float32"
+    ) -> Tensor: ...
     @staticmethod
     def rms_norm(
         ctx: Context, x: Floats, weight: Floats, eps: float, dtype: str = "float32"

@@ -30,6 +30,14 @@ def test_rows_come_in_the_order_asked_for_and_as_often(
     np.testing.assert_array_equal(got, widen(table)[rows])
 
 
+@pytest.mark.parametrize("cols", [77, 64])
+def test_bfloat16_rows_may_come_out_as_they_are(
+    device: Any, rng: np.random.Generator, cols: int
+) -> None:
+    table, rows = table_of(rng, "bfloat16", cols), np.array([49, 0, 3, 0], np.int32)
+    assert same_bits(ops.gather_rows(device, rows, table, "bfloat16"), table[rows])
+
+
 def test_no_rows_give_no_rows(device: Any, rng: np.random.Generator) -> None:
     got = ops.gather_rows(device, np.array([], np.int32), table_of(rng, "float32"))
     assert got.shape == (0, 77)
