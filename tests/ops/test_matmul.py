@@ -226,6 +226,7 @@ def test_an_output_adds_its_products_in_the_order_that_its_layout_has(
 
 @pairs
 @pytest.mark.parametrize("depth", [1, 31, 100])
+@pytest.mark.parametrize("tokens", [7, 90])
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_outside_the_operands_is_read(
     device: Any,
@@ -234,11 +235,12 @@ def test_nothing_outside_the_operands_is_read(
     x_dtype: str,
     w_dtype: str,
     depth: int,
+    tokens: int,
     end: bool,
 ) -> None:
-    x = random(rng, (7, depth), x_dtype)
-    w = random(rng, (31, depth), w_dtype)
-    bias = cast(rng.standard_normal(31), "float32")
+    x = random(rng, (tokens, depth), x_dtype)
+    w = random(rng, (67, depth), w_dtype)
+    bias = cast(rng.standard_normal(67), "float32")
     guarded_x, guarded_w, guarded_bias = (Guarded(array, end) for array in (x, w, bias))
     got = ops.matmul(
         device, guarded_x.array, [guarded_w.array], [guarded_bias.array], layout=layout
@@ -258,14 +260,15 @@ def test_rows_may_lie_apart_and_be_aligned_to_their_element_only(
 
 
 @pairs
+@pytest.mark.parametrize("tokens", [7, 90])
 def test_a_nan_reaches_its_own_row_or_output_and_no_other(
-    device: Any, layout: str, x_dtype: str, w_dtype: str
+    device: Any, layout: str, x_dtype: str, w_dtype: str, tokens: int
 ) -> None:
-    x, w = np.ones((7, 33)), np.ones((31, 33))
-    x[3, 32] = w[17, 32] = np.nan
+    x, w = np.ones((tokens, 33)), np.ones((67, 33))
+    x[3, 32] = w[17, 32] = w[41, 0] = np.nan
     got = multiply(device, layout, cast(x, x_dtype), cast(w, w_dtype))
-    want = np.full((7, 31), 33.0)
-    want[3] = want[:, 17] = np.nan
+    want = np.full((tokens, 67), 33.0)
+    want[3] = want[:, 17] = want[:, 41] = np.nan
     np.testing.assert_array_equal(got, want)
 
 

@@ -112,6 +112,7 @@ class TileProduct {
   struct Weights {
     const BFloat16* first;
     std::int64_t step, tile, row, line;  // from one to the next, in elements
+    std::int64_t whole_steps;  // of this block of the depth; what comes then is in copies_
   };
 
   // What a pair of blocks of rows prefetches: with each step some lines of `from`, and from step
@@ -145,7 +146,6 @@ class TileProduct {
     few_rows_ = rows_.size() <= kFewRows / kTileSide;
     for (std::int64_t block = 0; block < blocks; ++block) {
       steps_ = steps_of(block, share_.depth);
-      whole_steps_ = smaller(steps_.end, share_.depth / kTileDepth) - steps_.first;
       first_ = block == 0;
       last_ = block + 1 == blocks;
       float* sums = share_.scratch;
@@ -172,12 +172,17 @@ class TileProduct {
       constexpr std::int64_t kStep = kTileDepth * kPanelOutputs;
       const std::int64_t depth = panel_depth(DType::kBFloat16, share_.depth);
       const BFloat16* first = share_.weight + n * depth + step * kStep;
-      return {first, kStep, 2 * kTileSide, 2 * kPanelOutputs, kTileDepth};
+      return {first, kStep, 2 * kTileSide, 2 * kPanelOutputs, kTileDepth, whole_steps()};
     } else {
       const std::int64_t depth = share_.depth;
       const BFloat16* first = share_.weight + n * depth + step * kTileDepth;
-      return {first, kTileDepth, kTileSide * depth, depth, depth};
+      return {first, kTileDepth, kTileSide * depth, depth, depth, whole_steps()};
     }
+  }
+
+  // The steps of this block of the depth, but for one at the end of a row that is not whole.
+  std::int64_t whole_steps() const {
+    return smaller(steps_.end, share_.depth / kTileDepth) - steps_.first;
   }
 
   // The weights of output n and those behind it in this block of the depth, from where tiles of them
@@ -186,7 +191,7 @@ class TileProduct {
     const Weights weights = weights_at(n, steps_.first);
     const std::int64_t outputs = smaller(share_.num_outputs - n, kPanelOutputs);
     if (kPanels || (few_rows_ && outputs == kPanelOutputs)) {
-      if (whole_steps_ < steps_.size()) copy_last_step(weights);
+      if (weights.whole_steps < steps_.size()) copy_last_step(weights);
       return weights;
     }
     for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
@@ -194,7 +199,7 @@ class TileProduct {
       const auto put = [&](std::int64_t step, __m512i part) {
         _mm512_store_si512(copies_[step][i / kTileSide][i % kTileSide], part);
       };
-      const std::int64_t whole = i < outputs ? whole_steps_ : 0;
+      const std::int64_t whole = i < outputs ? weights.whole_steps : 0;
       for (std::int64_t step = 0; step < whole; ++step) {
         put(step, _mm512_loadu_si512(from + step * kTileDepth));
       }
@@ -202,21 +207,21 @@ class TileProduct {
         put(step, i < outputs ? load_step(from + step * kTileDepth, depth_from(step)) : __m512i{});
       }
     }
-    whole_steps_ = steps_.size();
     constexpr std::int64_t kTile = kTileSide * kTileDepth;
-    return {copies_[0][0][0], 2 * kTile, kTile, kTileDepth, kTileDepth};
+    return {copies_[0][0][0], 2 * kTile, kTile, kTileDepth, kTileDepth, steps_.size()};
   }
 
   // A step that is not whole is always multiplied from a copy, with zeros for what is missing.
   void copy_last_step(const Weights& weights) {
-    const std::int64_t depth = depth_from(whole_steps_), pairs = (depth + 1) / 2;
+    const std::int64_t step = weights.whole_steps;
+    const std::int64_t depth = depth_from(step), pairs = (depth + 1) / 2;
     for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
       const std::int64_t tile = i / kTileSide, row = i % kTileSide;
       const BFloat16* from =
-          weights.first + whole_steps_ * weights.step + tile * weights.tile + row * weights.row;
+          weights.first + step * weights.step + tile * weights.tile + row * weights.row;
       __m512i part{};
       if (!kPanels || row < pairs) part = load_step(from, kPanels ? kTileDepth : depth);
-      _mm512_store_si512(copies_[whole_steps_][tile][row], part);
+      _mm512_store_si512(copies_[step][tile][row], part);
     }
   }
 
@@ -294,8 +299,7 @@ class TileProduct {
     };
     if (last_) prefetch_out(row, kTiles, n);
     const Weights in_memory = weights_at(n, 0);
-    const std::int64_t whole = whole_steps_;
-    for (std::int64_t step = 0; step < whole; ++step) {
+    for (std::int64_t step = 0; step < weights.whole_steps; ++step) {
       const BFloat16* lines = step < prefetch.wrap ? prefetch.from : prefetch.wrapped;
       lines += step * in_memory.step;
       for (std::int64_t i = 0; i < prefetch.lines; ++i, lines += in_memory.line) {
@@ -303,8 +307,8 @@ class TileProduct {
       }
       multiply_step(weights.first + step * weights.step, weights.tile, 2 * weights.row);
     }
-    if (whole < steps_.size()) {
-      multiply_step(copies_[whole][0][0], kTileSide * kTileDepth, kTileRowBytes);
+    if (weights.whole_steps < steps_.size()) {
+      multiply_step(copies_[weights.whole_steps][0][0], kTileSide * kTileDepth, kTileRowBytes);
     }
     alignas(64) float out[kTiles * 2 * kTileFloats];
     float* to = last_ ? out : sums;
@@ -349,11 +353,10 @@ class TileProduct {
 
   const MatmulShare<BFloat16, BFloat16>& share_;
   const PackedX x_;
-  Range rows_{}, outputs_{};    // of a call of multiply: blocks of 16 rows, and outputs
-  bool few_rows_{};             // no more than kFewRows
-  Range steps_{};               // of a block of the depth, which is
-  bool first_{}, last_{};       // the first or last one,
-  std::int64_t whole_steps_{};  // and of them those to be multiplied from where prepare() says
+  Range rows_{}, outputs_{};  // of a call of multiply: blocks of 16 rows, and outputs
+  bool few_rows_{};           // no more than kFewRows
+  Range steps_{};             // of a block of the depth, which is
+  bool first_{}, last_{};     // the first or last one
   alignas(64) BFloat16 copies_[kPackedSteps][2][kTileSide][kTileDepth];
 };
 
