@@ -122,6 +122,17 @@ def test_a_row_gives_the_same_bits_in_every_batch(
 
 
 @pairs
+def test_a_row_gives_the_same_bits_in_a_batch_that_no_cache_holds(
+    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
+) -> None:
+    x = random(rng, (600, 1030), x_dtype)
+    w = random(rng, (300, 1030), w_dtype)
+    whole = multiply(device, layout, x, w)
+    assert same_bits(multiply(device, layout, x[:7], w), whole[:7])
+    assert same_bits(multiply(device, layout, x[-70:], w), whole[-70:])
+
+
+@pairs
 def test_an_output_gives_the_same_bits_whatever_is_stacked_around_it(
     device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:
@@ -225,8 +236,10 @@ def test_an_output_adds_its_products_in_the_order_that_its_layout_has(
 
 
 @pairs
-@pytest.mark.parametrize("depth", [1, 31, 100])
-@pytest.mark.parametrize("tokens", [7, 90])
+@pytest.mark.parametrize(
+    ("tokens", "depth"),
+    [(7, 1), (7, 31), (7, 100), (90, 31), (400, 1333)],  # the last x is more than a cache holds
+)
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_outside_the_operands_is_read(
     device: Any,
@@ -234,8 +247,8 @@ def test_nothing_outside_the_operands_is_read(
     rng: np.random.Generator,
     x_dtype: str,
     w_dtype: str,
-    depth: int,
     tokens: int,
+    depth: int,
     end: bool,
 ) -> None:
     x = random(rng, (tokens, depth), x_dtype)
@@ -260,7 +273,7 @@ def test_rows_may_lie_apart_and_be_aligned_to_their_element_only(
 
 
 @pairs
-@pytest.mark.parametrize("tokens", [7, 90])
+@pytest.mark.parametrize("tokens", [7, 90, 16000])
 def test_a_nan_reaches_its_own_row_or_output_and_no_other(
     device: Any, layout: str, x_dtype: str, w_dtype: str, tokens: int
 ) -> None:
