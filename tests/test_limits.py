@@ -48,8 +48,9 @@ def test_a_better_instruction_set_has_a_higher_limit() -> None:
     }
     if "avx2" in rates:
         assert rates["avx2"] > 1.5 * rates["portable"]
-    if "avx512bf16" in rates:
-        assert rates["avx512bf16"] > 1.3 * rates["avx512"]
+    # Not so of vdpbf16ps: a Xeon was seen where it multiplies half as fast as float32 does.
+    if "avx512" in rates:
+        assert rates["avx512"] > 0.9 * rates["avx2"]
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 61.0])
