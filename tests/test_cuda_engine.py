@@ -176,6 +176,24 @@ def test_preemption_and_shared_prefixes_leave_the_tokens_as_they_are(model: Path
     assert [got[0][0][0] for got in together] == [want[0][0][0] for want in alone]
 
 
+def test_a_prefix_may_be_hit_in_the_step_that_computes_it(model: Path) -> None:
+    # 33 tokens, blocks of 16: of the second prompt only the last token is left, as if it were a
+    # decode, and what it attends to is written by the same step. The pool is full of other K and V.
+    driver = Driver(
+        model, device="cuda", block_size=16, num_blocks=12, max_model_len=80, dtype="bfloat16"
+    )
+    for seed in range(2):
+        driver.add(prompt(64, seed), **GREEDY)
+    drive(driver)
+    for _ in range(3):
+        driver.add(prompt(33), **GREEDY)
+    drive(driver)
+    first, *others = [record.result() for record in driver.records[2:]]
+    assert driver.engine.stats()["prefix_cache_hits"] == 64
+    for other in others:
+        assert other[0][0][0] == first[0][0][0]
+
+
 def batches(model: Path, request: tuple[list[int], dict[str, Any]]) -> list[Callable[[], Any]]:
     others = [(prompt(n, 7), GREEDY) for n in (2, 13, 30)]
     return [

@@ -33,7 +33,9 @@ StepArrays::Counts StepArrays::sort(const StepPlan& plan) {
   chunks_.clear();
   std::int64_t num_tokens = 0, num_blocks = 0, longest = 0;  // the longest context of a decode
   for (const auto& [sequence, count] : plan.sequences) {
-    const bool decode = count == 1 && !batch_invariant_;
+    // Decodes read K and V of earlier steps before the kernels in front of them have ended, and write
+    // their own beside other decodes: what this step computes may be hit by chunks only.
+    const bool decode = count == 1 && !sequence->is_new && !batch_invariant_;
     (decode ? decodes_ : chunks_).push_back({sequence, count, num_tokens});
     if (decode) {
       longest = std::max(longest, static_cast<std::int64_t>(sequence->num_computed_tokens) + 1);

@@ -1,8 +1,9 @@
 // How the plan of a step becomes what its kernels read: one flat batch, in arrays on the device that
 // lie at the same addresses whenever the graph of its size is replayed.
 //
-// Sequences with one token in the step lead the batch, as decodes; those with several, chunks of
-// prompts, lie behind them. A step of decodes alone is padded to the next batch size of a short list.
+// Sequences with one token in the step lead the batch, as decodes; those with several, and those that
+// have just been admitted, lie behind them as chunks of prompts. A step of decodes alone is padded to
+// the next batch size of a short list.
 #pragma once
 
 #include <cstddef>

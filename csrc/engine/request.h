@@ -95,6 +95,8 @@ struct alignas(64) Sequence {
   std::int32_t sample = 0;  // which of the request's n outputs
   bool stands_for_all;      // not forked yet
   bool is_fork = false;  // has others beside it, with which it may share a block that is not full
+  // Admitted in the step that was scheduled last: it may begin with blocks that this step fills.
+  bool is_new = false;
   bool has_penalties, has_prompt_logprobs, has_stop_token_ids, ignores_eos;
 
   Request* request;

@@ -51,6 +51,7 @@ ScheduledStep Scheduler::schedule() {
       break;
     }
     publish(sequence, num_tokens, step);
+    sequence.is_new = false;
     step.sequences.push_back({&sequence, num_tokens});
     budget -= num_tokens;
   }
@@ -142,6 +143,7 @@ bool Scheduler::admit_first(std::int64_t& budget, ScheduledStep& step) {
   }
   Request& request = *sequence.request;
   if (request.num_cached_tokens < 0) request.num_cached_tokens = num_cached;
+  sequence.is_new = true;
   step.sequences.push_back({&sequence, num_tokens});
   budget -= num_tokens;
   running_.push_back(std::move(waiting_.front()));
@@ -165,9 +167,9 @@ std::vector<BlockId> Scheduler::find_prefix(const Sequence& sequence) const {
   return prefix;
 }
 
-// Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step:
-// every layer writes the K and V of the whole batch before it attends. A block with a token that is
-// not known yet has to wait for it.
+// Makes the blocks known that the next num_tokens tokens fill. They may be hit in the same step: a
+// layer writes the K and V of the whole batch before a sequence that is new attends. A block with a
+// token that is not known yet has to wait for it.
 void Scheduler::publish(Sequence& sequence, std::int64_t num_tokens, ScheduledStep& step) {
   if (!config_.prefix_caching) return;
   const auto size = static_cast<std::size_t>(config_.block_size);

@@ -39,8 +39,8 @@ __global__ void qk_norm_rope_and_cache_kernel(T* qkv, std::int64_t qkv_stride, H
                                               const std::int64_t* slots, int lanes_shift,
                                               Cache* keys, Cache* values) {
   const int lanes = 1 << lanes_shift;
-  const int h = (static_cast<int>(blockIdx.y * blockDim.x) + static_cast<int>(threadIdx.x)) >>
-                lanes_shift;
+  const int h =
+      (static_cast<int>(blockIdx.y * blockDim.x) + static_cast<int>(threadIdx.x)) >> lanes_shift;
   const int first = (static_cast<int>(threadIdx.x) & (lanes - 1)) * kWidth, step = lanes * kWidth;
   const int half = heads.head_dim / 2;
   const std::int64_t t = blockIdx.x;
@@ -137,12 +137,13 @@ void qk_norm_rope_and_cache(const CudaContext& ctx, MutTensorView qkv, std::int6
   constexpr int kWidth = 8;
   const KvShape& shape = cache.shape;
   const auto block_size = static_cast<std::uint32_t>(shape.block_size);
-  const Heads heads{.num_heads = static_cast<int>(num_heads),
-                    .num_kv_heads = static_cast<int>(shape.num_kv_heads),
-                    .head_dim = static_cast<int>(shape.head_dim),
-                    .block_size = static_cast<int>(block_size),
-                    .block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1,
-                    .block_stride = shape.block_stride()};
+  const Heads heads{
+      .num_heads = static_cast<int>(num_heads),
+      .num_kv_heads = static_cast<int>(shape.num_kv_heads),
+      .head_dim = static_cast<int>(shape.head_dim),
+      .block_size = static_cast<int>(block_size),
+      .block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1,
+      .block_stride = shape.block_stride()};
   const std::int64_t half = shape.head_dim / 2;
   const auto aligned = [&](const void* data, DType dtype, std::int64_t stride) {
     return cuda::wide_elements(data, dtype, stride, kWidth);

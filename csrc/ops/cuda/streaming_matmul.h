@@ -11,8 +11,8 @@
 // 7 of 32 for its two products, so that every fragment is one 16-byte load from shared memory.
 //
 // The order in which an output is summed depends on the depth only, never on the shape of the tiles
-// or the number of rows: all instances of this kernel give the same bits (DESIGN 4.2), save those
-// that normalise x themselves.
+// or the number of rows: all instances of this kernel give the same bits
+// (docs/promises.md, 2), save those that normalise x themselves.
 #pragma once
 
 #include <cstddef>
