@@ -166,7 +166,8 @@ struct Kernels {
   // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
   std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
   // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
-  // operands [64] and added up in several. Returns the number of floating-point operations and puts their sum into *result.
+  // operands [64]. Returns the number of floating-point operations, and puts some of their sums into
+  // *result, so that none can be left out.
   double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
 
