@@ -101,8 +101,6 @@ int physical_cores() {
   return std::max(1, static_cast<int>(cores.size()));
 }
 
-}  // namespace
-
 #if defined(TINYVLLM_HAS_AMX)
 // Whether the CPU has AMX for bfloat16 and the system lets this process use its tile registers, which
 // it has to ask for: their 8 KiB make its threads' saved state larger.
@@ -116,6 +114,8 @@ bool may_use_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
+
+}  // namespace
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> isas;

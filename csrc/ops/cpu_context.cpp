@@ -88,6 +88,7 @@ std::byte* CpuContext::scratch(std::size_t bytes) const {
   constexpr std::size_t kAlignment = 64;
   if (bytes > scratch_bytes_) {
     scratch_.reset();
+    scratch_bytes_ = 0;
     scratch_ = std::make_unique_for_overwrite<std::byte[]>(bytes + kAlignment);
     scratch_bytes_ = bytes;
   }

@@ -111,6 +111,7 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
                 std::to_string(out.cols) + "] " + std::string(name_of(out.dtype)) +
                 " do not fit; out is float32 [rows of x, outputs of weight].");
   }
+  if (x.rows == 0) return;
   const Kernels& kernels = ctx.kernels();
   const bool panels = weight.layout == WeightLayout::kPanels;
   if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {

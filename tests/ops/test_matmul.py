@@ -85,10 +85,16 @@ def test_small_integers_are_summed_exactly(
 
 
 @pairs
+@pytest.mark.parametrize("tokens", [7, 90])
 def test_row_blocks_are_stacked_each_with_its_bias_or_none(
-    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any,
+    layout: str,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    tokens: int,
 ) -> None:
-    x = rng.integers(-9, 10, (7, 50))
+    x = rng.integers(-9, 10, (tokens, 50))
     blocks = [rng.integers(-9, 10, (rows, 50)) for rows in (100, 1, 33)]
     first, last = rng.integers(-99, 99, 100), rng.integers(-99, 99, 33)
     got = ops.matmul(
@@ -122,14 +128,41 @@ def test_a_row_gives_the_same_bits_in_every_batch(
 
 
 @pairs
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "depth"),
+    [
+        (600, 300, 1030),  # more than the 512 rows that AMX takes at a time, of a long row
+        (560, 70, 1030),  # of which few are left
+        (5000, 33, 33),
+    ],
+)
 def test_a_row_gives_the_same_bits_in_a_batch_that_no_cache_holds(
-    device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
+    device: Any,
+    layout: str,
+    rng: np.random.Generator,
+    x_dtype: str,
+    w_dtype: str,
+    tokens: int,
+    outputs: int,
+    depth: int,
 ) -> None:
-    x = random(rng, (600, 1030), x_dtype)
-    w = random(rng, (300, 1030), w_dtype)
+    x = random(rng, (tokens, depth), x_dtype)
+    w = random(rng, (outputs, depth), w_dtype)
     whole = multiply(device, layout, x, w)
     assert same_bits(multiply(device, layout, x[:7], w), whole[:7])
     assert same_bits(multiply(device, layout, x[-70:], w), whole[-70:])
+
+
+def test_a_share_may_fill_its_memory_for_sums(cpu_device: Any, rng: np.random.Generator) -> None:
+    """512 rows and 256 outputs are what AMX keeps between blocks of the depth."""
+    x, w = rng.integers(-9, 10, (600, 1030)), rng.integers(-9, 10, (2100, 1030))
+    got = ops.matmul(cpu_device, cast(x, "bfloat16"), [cast(w, "bfloat16")])
+    np.testing.assert_array_equal(got, (x.astype(np.float64) @ w.T))
+
+
+def test_no_rows_give_no_outputs(device: Any, layout: str) -> None:
+    x, w = cast(np.ones((0, 64)), "bfloat16"), cast(np.ones((33, 64)), "bfloat16")
+    assert multiply(device, layout, x, w).shape == (0, 33)
 
 
 @pairs
@@ -273,14 +306,14 @@ def test_rows_may_lie_apart_and_be_aligned_to_their_element_only(
 
 
 @pairs
-@pytest.mark.parametrize("tokens", [7, 90, 16000])
+@pytest.mark.parametrize(("tokens", "depth"), [(7, 33), (90, 33), (600, 929)])
 def test_a_nan_reaches_its_own_row_or_output_and_no_other(
-    device: Any, layout: str, x_dtype: str, w_dtype: str, tokens: int
+    device: Any, layout: str, x_dtype: str, w_dtype: str, tokens: int, depth: int
 ) -> None:
-    x, w = np.ones((tokens, 33)), np.ones((67, 33))
-    x[3, 32] = w[17, 32] = w[41, 0] = np.nan
+    x, w = np.ones((tokens, depth)), np.ones((67, depth))
+    x[3, -1] = w[17, -1] = w[41, 0] = np.nan
     got = multiply(device, layout, cast(x, x_dtype), cast(w, w_dtype))
-    want = np.full((tokens, 67), 33.0)
+    want = np.full((tokens, 67), float(depth))
     want[3] = want[:, 17] = want[:, 41] = np.nan
     np.testing.assert_array_equal(got, want)
 

@@ -7,8 +7,8 @@
 // the even elements of the depth and those of the odd ones, each over ascending k, then their sum to
 // what was there. It takes a cycle for each of M rows, whatever N is.
 //
-// The compiler's own functions take their register as text, so that no constant can name it, and do
-// not say that they read memory (GCC bug 107676).
+// Denormals count as zero, and become zero. The compiler's own functions take their register as text, so
+// that no constant can name it, and GCC's do not say that they read memory.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,8 @@ struct alignas(64) TileConfig {
     row_bytes[tile] = static_cast<std::uint16_t>(bytes);
   }
 };
+
+static_assert(sizeof(TileConfig) == 64);
 
 // The configuration of this thread's registers, until they are released.
 TINYVLLM_INLINE void configure_tiles(const TileConfig& config) {

@@ -10,9 +10,8 @@
 // panel, add. An output element has one accumulator over ascending k, in one lane, whatever the
 // number of rows; a row's instructions depend on its own position only (docs/promises.md, 2).
 //
-// On AMX both panels are right operands as they are, and a product adds up 32 elements of k at a time
-// (amx.h): of the keys where head_dim is made of such steps, of the values where a row sees all of a
-// tile.
+// AMX (amx.h) takes both panels as right operands as they are, and adds up 32 elements of k at a time:
+// of the keys where head_dim is made of such steps, of the values where a row sees all 64 positions.
 //
 // A score outside a row's range is replaced by -inf, whatever it is. Values outside it are not
 // multiplied: their slots may hold anything.
@@ -357,8 +356,8 @@ class Attention {
     }
   }
 
-  // Where there are tiles, the tokens that see all of this one's positions, so that their values are
-  // to be added with add_all_values. None: an empty range behind the last token.
+  // On AMX: the tokens that see all positions of this tile, whose values add_all_values is to add. An
+  // empty range behind the last token if there are none.
   Range tokens_that_see_all(std::int64_t tile) const {
     Range whole = {share_.num_tokens, share_.num_tokens - 1};
     if (!P::kTiles) return whole;

@@ -24,7 +24,7 @@ namespace tinyvllm {
 // says.
 template <typename X, typename W>
 struct MatmulShare {
-  const X* x;  // [num_rows, depth], rows x_stride elements apart
+  const X* x;  // [num_rows, depth], rows x_stride elements apart; or packed, without a stride
   std::int64_t x_stride;
   const W* weight;    // [num_outputs, depth], contiguous; or in panels, from the first of one on
   const float* bias;  // [num_outputs], or null
@@ -166,8 +166,8 @@ struct Kernels {
   // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
   std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
   // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
-  // operands [64]. Returns the number of floating-point operations, and puts some of their sums into
-  // *result, so that none can be left out.
+  // operands [64]. Returns the number of floating-point operations, and puts a sum that depends on
+  // them into *result.
   double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);
 };
 
