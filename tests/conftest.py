@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs ignore SIGINT, and so would what tests of Ctrl-C start from one."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
