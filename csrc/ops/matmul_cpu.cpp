@@ -64,15 +64,15 @@ void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, 
   const std::int64_t depth = panels ? panel_depth(weight.dtype, weight.depth) : weight.depth;
   const std::int64_t by_bytes = kStripBytes / (depth * static_cast<std::int64_t>(sizeof(W)) + 1);
   const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
-  std::int64_t most_outputs = std::max(multiple, std::min(by_bytes, by_threads));
+  std::int64_t most_outputs = std::min(by_bytes, by_threads);
   Operand<X> operand = {x.row<X>(0), nullptr};
   if constexpr (std::is_same_v<X, BFloat16>) {
     if (product.pack) {
       operand = pack(ctx, x, product.pack);
       most_outputs = std::min(by_threads, kMostPackedOutputs);
-      most_outputs = std::max(multiple, most_outputs);
     }
   }
+  most_outputs = std::max(multiple, most_outputs);
   std::array<Strips, 3> strips;
   for (std::size_t i = 0; i < strips.size(); ++i) {
     strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);

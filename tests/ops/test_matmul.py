@@ -216,9 +216,8 @@ def lane_sum(lanes: Array) -> Array:
     return tree_sum(tree_sum(fours))
 
 
-def vector_sums(isa: str, x: Array, w: Array, pair: int) -> Array:
-    """One vector over ascending k: its lanes take `pair` elements at a time, the last one first."""
-    lanes = LANES[isa]
+def vector_sums(isa: str, x: Array, w: Array, lanes: int, pair: int) -> Array:
+    """One vector over ascending k: each lane takes `pair` elements at a time, the last one first."""
     multiply_add = multiply_then_add if isa == "portable" else fused_multiply_add
     padding = [(0, 0), (0, -x.shape[1] % (lanes * pair))]
     wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(len(x), 1, -1, lanes, pair)
@@ -229,19 +228,6 @@ def vector_sums(isa: str, x: Array, w: Array, pair: int) -> Array:
             sums = multiply_add(
                 wide_x[:, :, step, :, element], wide_w[:, :, step, :, element], sums
             )
-    return lane_sum(sums)
-
-
-def ascending_sums(isa: str, x: Array, w: Array, pair: int) -> Array:
-    """One sum over ascending k, `pair` elements at a time, the last one first."""
-    multiply_add = multiply_then_add if isa == "portable" else fused_multiply_add
-    padding = [(0, 0), (0, -x.shape[1] % pair)]
-    wide_x = np.pad(widen(x), padding).astype(np.float32)
-    wide_w = np.pad(widen(w), padding).astype(np.float32)
-    sums = np.zeros((len(x), len(w)), dtype=np.float32)
-    for first in range(0, wide_x.shape[1], pair):
-        for k in reversed(range(first, first + pair)):
-            sums = multiply_add(wide_x[:, None, k], wide_w[None, :, k], sums)
     return sums
 
 
@@ -262,9 +248,11 @@ def test_an_output_adds_its_products_in_the_order_that_its_layout_has(
     if (cpu_device.isa, x_dtype, w_dtype) == ("amx", "bfloat16", "bfloat16"):
         want = tile_sums(x, w)
     elif order == "rows":
-        want = vector_sums(cpu_device.isa, x, w, 2 if x_dtype == w_dtype == "bfloat16" else 1)
-    else:
-        want = ascending_sums(cpu_device.isa, x, w, 2 if w_dtype == "bfloat16" else 1)
+        pair = 2 if x_dtype == w_dtype == "bfloat16" else 1
+        want = lane_sum(vector_sums(cpu_device.isa, x, w, LANES[cpu_device.isa], pair))
+    else:  # an output is one lane
+        pair = 2 if w_dtype == "bfloat16" else 1
+        want = vector_sums(cpu_device.isa, x, w, 1, pair)[..., 0]
     assert same_bits(ops.matmul(cpu_device, x, [w], [bias], layout=order), want + bias)
 
 

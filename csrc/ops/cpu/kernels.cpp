@@ -16,30 +16,27 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
+// The products of bfloat16, and what packs x for them.
+#if defined(__AMX_BF16__)
+constexpr auto kMatmul = &matmul_tiles<false>, kMatmulPanels = &matmul_tiles<true>;
+constexpr auto kPackX = &pack_rows<false>, kPackXForPanels = &pack_rows<true>;
+#else
+constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
+constexpr auto kMatmulPanels = &matmul_panels<BFloat16, BFloat16>;
+constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+#endif
+
 extern const Kernels kKernels;
 const Kernels kKernels = {
     .isa = TINYVLLM_NAME(TINYVLLM_ISA),
-#if defined(__AMX_BF16__)
-    .matmul_bf16_bf16 = &matmul_tiles<false>,
-#else
-    .matmul_bf16_bf16 = &matmul<BFloat16, BFloat16>,
-#endif
+    .matmul_bf16_bf16 = kMatmul,
     .matmul_f32_bf16 = &matmul<float, BFloat16>,
     .matmul_f32_f32 = &matmul<float, float>,
-#if defined(__AMX_BF16__)
-    .matmul_panels_bf16_bf16 = &matmul_tiles<true>,
-#else
-    .matmul_panels_bf16_bf16 = &matmul_panels<BFloat16, BFloat16>,
-#endif
+    .matmul_panels_bf16_bf16 = kMatmulPanels,
     .matmul_panels_f32_bf16 = &matmul_panels<float, BFloat16>,
     .matmul_panels_f32_f32 = &matmul_panels<float, float>,
-#if defined(__AMX_BF16__)
-    .pack_x = &pack_rows<false>,
-    .pack_x_for_panels = &pack_rows<true>,
-#else
-    .pack_x = nullptr,
-    .pack_x_for_panels = nullptr,
-#endif
+    .pack_x = kPackX,
+    .pack_x_for_panels = kPackXForPanels,
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,
     .attention_merge = &attention_merge,

@@ -1,5 +1,5 @@
 // The micro-kernel of y = x W^T for bfloat16 on AMX (amx.h): a tile of sums is 16 outputs by 16 rows of
-// x, and a multiplication does sixteen times the work of a vector's. See MatmulShare in kernels.h.
+// x, and the arithmetic rate fifteen times that of vectors of float32. See MatmulShare in kernels.h.
 //
 // Weights in rows are left operands as they lie, weights in panels (ops/repack.h) right ones; x, which
 // is small, is packed into tiles of the other kind once for all shares.
