@@ -217,7 +217,7 @@ def lane_sum(lanes: Array) -> Array:
 
 
 def vector_sums(isa: str, x: Array, w: Array, lanes: int, pair: int) -> Array:
-    """One vector over ascending k: each lane takes `pair` elements at a time, the last one first."""
+    """A vector over ascending k: each lane takes `pair` elements at a time, the last one first."""
     multiply_add = multiply_then_add if isa == "portable" else fused_multiply_add
     padding = [(0, 0), (0, -x.shape[1] % (lanes * pair))]
     wide_x = np.pad(widen(x), padding).astype(np.float32).reshape(len(x), 1, -1, lanes, pair)
