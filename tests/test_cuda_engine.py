@@ -157,6 +157,17 @@ def test_prompt_logprobs_are_the_cpus(model: Path) -> None:
         assert (rank, ids) == (want_rank, want_ids)
 
 
+def test_there_are_no_more_logprobs_than_tokens(tmp_path: Path) -> None:
+    config = {**CONFIG, "vocab_size": 12}
+    write_checkpoint(tmp_path, config, seed=1, dtype="bfloat16", tokenizer=False)
+    [(outputs, of_prompt)] = run(
+        tmp_path, [([3, 4, 5], {**GREEDY, "logprobs": 20, "prompt_logprobs": 20})]
+    )
+    for _, _, ids, values in [*outputs[0][1], *of_prompt]:
+        assert sorted(ids) == list(range(12))
+        assert len(values) == 12
+
+
 def test_preemption_and_shared_prefixes_leave_the_tokens_as_they_are(model: Path) -> None:
     shared = prompt(32)
     requests = [(shared + prompt(n), GREEDY) for n in (3, 9, 14, 20)]

@@ -230,6 +230,10 @@ StepResult& CudaRunner::collect() {
   const auto* errors = reinterpret_cast<const SampleError*>(tokens + step.num_draws);
   result_.samples.resize(step.origins.size());
   result_.errors.assign(step.origins.size(), nullptr);
+  const auto logprobs_of = [&](const LogprobBuffers& buffers, std::size_t row, std::int32_t asked) {
+    const auto most = static_cast<std::int32_t>(model_.config().vocab_size);
+    return buffers.read(slot, static_cast<std::int64_t>(row), std::min(asked, most));
+  };
   for (std::size_t i = 0; i < step.origins.size(); ++i) {
     if (errors[i] != SampleError::kNone) {
       const DrawOrigin& origin = step.origins[i];
@@ -239,14 +243,13 @@ StepResult& CudaRunner::collect() {
     }
     result_.samples[i] = {.token = tokens[i], .logprobs = nullptr};
     if (step.num_logprobs[i] >= 0) {
-      result_.samples[i].logprobs = std::make_unique<TokenLogprobs>(
-          draw_logprobs_.read(slot, static_cast<std::int64_t>(i), step.num_logprobs[i]));
+      result_.samples[i].logprobs =
+          std::make_unique<TokenLogprobs>(logprobs_of(draw_logprobs_, i, step.num_logprobs[i]));
     }
   }
   result_.prompt_logprobs.clear();
   for (std::size_t i = 0; i < step.num_of_prompts.size(); ++i) {
-    result_.prompt_logprobs.push_back(
-        prompt_logprobs_.read(slot, static_cast<std::int64_t>(i), step.num_of_prompts[i]));
+    result_.prompt_logprobs.push_back(logprobs_of(prompt_logprobs_, i, step.num_of_prompts[i]));
   }
   return result_;
 }
