@@ -13,10 +13,10 @@ CORE_FILES := $(shell find csrc third_party)
 CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv build cuda gpu-report compare demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
+.PHONY: help .venv build cuda gpu-report gpu-sanitize compare demo docs test emulate lint lint-format lint-python lint-warnings format asan clean
 
 help:  ## this list
-	@sed -n 's/^\([.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+	@sed -n 's/^\([-.a-z]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
 # --- .venv and what is in it ---------------------------------------------------------------------
 # A stamp is a file that is newer than what it was made from, so that nothing is done twice.
@@ -134,10 +134,21 @@ emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
 # On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.
+GPU_TESTS := tests/ops tests/test_cuda.py tests/test_cuda_engine.py
+
 gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and the figures of benchmarks/gpu.py
-	$(BIN)/python -m pytest -k cuda tests/ops tests/test_cuda.py tests/test_cuda_engine.py $(ARGS)
+	$(BIN)/python -m pytest -k cuda $(GPU_TESTS) $(ARGS)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k 'not cuda' $(ARGS)
 	$(BIN)/python benchmarks/gpu.py
+
+# Of compute-sanitizer's findings counts what kernels do; that an allocation fails is what some tests are for.
+SANITIZE_TOOLS := memcheck racecheck initcheck
+
+gpu-sanitize: cuda  ## on a machine with a GPU: its tests under NVIDIA's compute-sanitizer; slow
+	for tool in $(SANITIZE_TOOLS); do \
+	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 99 --print-limit 20 \
+	    $(BIN)/python -m pytest -k cuda $(GPU_TESTS) $(ARGS) || exit; \
+	done
 
 # Not editable and in isolation, as a user installs it, into an environment of its own. Python is not
 # built with the sanitizers, so their library has to be loaded first, and that of C++ for its
