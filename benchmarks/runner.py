@@ -265,7 +265,13 @@ class Bench:
                     if column.missing or column.refused:
                         continue
                     process = processes[column.spec.name]
-                    outcome = process.run(work)
+                    try:
+                        outcome = process.run(work)
+                    except PeerError as error:
+                        if column is columns[0]:
+                            raise
+                        column.missing = str(error)
+                        continue
                     try:
                         check_counts(work, outcome)
                         if reference is None:
@@ -528,7 +534,7 @@ def main(
         device=arguments.device,
         command=_command(arguments.rounds),
     )
-    refused = False
+    failed = refused = False
     for row in rows:
         if arguments.rows and row.name not in arguments.rows:
             continue
@@ -538,7 +544,9 @@ def main(
         try:
             result = bench.run(row.scaled_by(arguments.scaled_by))
         except (PeerError, DifferentWorkError) as error:
-            sys.exit(f"error: {row.name}: {error}")
+            print(f"error: {row.name}: {error}", file=sys.stderr)
+            failed = True
+            continue
         print_row(result)
         results.put_row(path, result, [row.name for row in rows])
         refused = refused or any(peer.get("refused") for peer in result["peers"])
@@ -547,6 +555,7 @@ def main(
         finish(path)
     if refused:
         print("error: a peer did other work and was not compared; see above", file=sys.stderr)
+    if failed or refused:
         sys.exit(1)
 
 

@@ -10,16 +10,22 @@ from peers.tinyvllm import Tinyvllm
 
 
 class FakePeer(Tinyvllm):
-    """honest | missing | stops_early | drops_a_prompt | guesses"""
+    """honest | missing | breaks_down | own_prompts | stops_early | drops_a_prompt | guesses"""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._behaviour = os.environ["FAKE_PEER"]
+        self._runs = 0
 
     def run(self, work: Work) -> Outcome:
         if self._behaviour == "drops_a_prompt":
             return super().run(Work(work.prompts[1:], work.max_tokens[1:]))
+        self._runs += 1
+        if self._behaviour == "breaks_down" and self._runs > 2:  # a warm-up and a round
+            raise MemoryError("none left")
         outcome = super().run(work)
+        if self._behaviour == "own_prompts":
+            return dataclasses.replace(outcome, own_prompts=True)
         change = {"stops_early": _without_the_last, "guesses": _with_another_last}
         tokens = [change.get(self._behaviour, list)(tokens) for tokens in outcome.tokens]
         return dataclasses.replace(outcome, tokens=tokens)

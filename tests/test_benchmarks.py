@@ -102,6 +102,32 @@ def test_a_peer_that_does_less_work_is_refused(models: Path, behaviour: str, rea
     assert "refused" in results.to_markdown([result])
 
 
+def test_a_peer_that_breaks_down_is_not_compared_and_the_row_goes_on(models: Path) -> None:
+    ours, theirs = run(models, "breaks_down")["peers"]
+    assert len(ours["values"]) == 2
+    assert theirs == {"peer": "fake", "missing": "failed (MemoryError: none left)"}
+
+
+def test_a_row_that_fails_does_not_take_the_others_with_it(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x.py", "--models", str(models), "--rounds", "1"])
+    rows = [row(name="too-long", prompt_len=100_000), row(name="fits")]
+    with pytest.raises(SystemExit) as stopped:
+        runner.main("A benchmark.", rows, [], tmp_path / "out.json")
+    assert stopped.value.code == 1
+    assert "error: too-long: tinyvllm" in capsys.readouterr().err
+    assert [each["row"] for each in results.read_rows(tmp_path / "out.json")] == ["fits"]
+
+
+def test_a_peer_with_prompts_of_its_own_has_no_first_token_to_compare(models: Path) -> None:
+    result = run(models, "own_prompts", measures="start", num_prompts=1, max_tokens=1)
+    assert "its own prompts" in result["peers"][1]["missing"]
+
+
 def test_a_peer_whose_first_token_is_another_one_has_not_started_the_same_work(
     models: Path,
 ) -> None:

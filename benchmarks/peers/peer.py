@@ -182,7 +182,10 @@ def _first_token(
         prompt = peer.encode(arguments.text)
     else:
         prompt = [int(token) for token in arguments.ids.split(",")]
-    return load_seconds, [*prompt, *peer.run(Work([prompt], [1])).tokens[0]]
+    outcome = peer.run(Work([prompt], [1]))
+    if outcome.own_prompts:
+        raise ValueError("it makes up its own prompts, so that its first token is no answer")
+    return load_seconds, [*prompt, *outcome.tokens[0]]
 
 
 def _parse() -> argparse.Namespace:

@@ -8,18 +8,23 @@ from typing import Any
 from peers.peer import Outcome, Peer, Settings, TokenIds, Work, main
 
 _LOGPROBS = 20  # a token that is not among so many is no near miss
+_BLOCK_SIZE = 16
 
 
 class Tinyvllm(Peer):
     def __init__(self, settings: Settings) -> None:
         from tinyvllm import LLM
 
+        blocks_a_sequence = -(-settings.max_model_len // _BLOCK_SIZE)
         self._llm = LLM(
             settings.model,
             device=settings.device,
             num_threads=settings.num_threads,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
+            block_size=_BLOCK_SIZE,
+            # Not most of a GPU's memory: the peers beside it need some, too.
+            num_gpu_blocks_override=settings.max_num_seqs * blocks_a_sequence,
             enable_prefix_caching=False,  # a prompt that comes again is computed again
             quiet=True,
             defer_tokenizer=not settings.tokenizer,
