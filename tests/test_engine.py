@@ -545,11 +545,14 @@ def test_what_was_converted_leaves_memory(tmp_path: Path, stored: str, dtype: st
     assert resident_share(path / "model.safetensors") < 0.25
 
 
-def test_what_is_used_in_place_stays_in_memory(tmp_path: Path) -> None:
-    """And so the test above sees what is resident."""
+def test_what_is_used_in_place_is_in_memory_before_the_first_step(tmp_path: Path) -> None:
+    """And so the test above sees what is resident. Before Linux 5.14, with the step."""
     config = {**dummy.NAMED_CONFIGS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 4096}
     path = dummy.write_checkpoint(tmp_path, config, dtype="bfloat16", tokenizer=False)
     engine = engine_of(path)
+    release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    if release >= (5, 14):
+        assert resident_share(path / "model.safetensors") > 0.95
     engine.add_request(1, PROMPT, params(max_tokens=1))
     engine.step()
     assert resident_share(path / "model.safetensors") > 0.75

@@ -15,7 +15,7 @@ from tokenizers import decoders, models
 import small_tokenizers
 from small_tokenizers import llama2, llama3, with_decoder, write
 from tinyvllm.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
-from tinyvllm.tokenizer import Tokenizer
+from tinyvllm.tokenizer import Tokenizer, TokenizerLoader
 
 TEXTS = [
     "",
@@ -497,3 +497,35 @@ def test_every_file_is_read_once(tmp_path, monkeypatch):
 def test_importing_the_tokenizer_does_not_import_jinja():
     code = "import sys, tinyvllm.tokenizer; assert 'jinja2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- The end-of-text token, before the tokenizer is loaded ----------------------------------------
+
+
+def _loader(directory: Path, tokenizer_json: str) -> TokenizerLoader:
+    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eöt>"}}')
+    return TokenizerLoader(directory)
+
+
+ADDED = json.dumps([{"id": 7, "content": "<bot>"}, {"id": 9, "content": "<eöt>"}])
+
+
+@pytest.mark.parametrize("before", [0, 100, (1 << 20) - 40, (1 << 20) - 39, 5_000_001])
+def test_eos_is_found_wherever_the_added_tokens_lie(tmp_path: Path, before: int) -> None:
+    # With some of these a piece that is read ends within the list, within an ö, or before it.
+    text = f'{{"version": "{"ö" * (before // 2)}{"x" * (before % 2)}", "added_tokens": {ADDED}}}'
+    loader = _loader(tmp_path, text)
+    assert loader.eos_token_id() == 9
+    assert not loader.is_loaded
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"added_tokens": [{"id": 7', '{"added_tokens": 3}'])
+def test_eos_that_is_not_found_is_the_tokenizers_to_say(tmp_path: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        _loader(tmp_path, text).eos_token_id()
+
+
+def test_added_tokens_that_lie_too_deep_are_a_damaged_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: RecursionError"):
+        _loader(tmp_path, '{"added_tokens": ' + "[" * 100_000).eos_token_id()

@@ -211,6 +211,14 @@ MappedFile::~MappedFile() {
   munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
 }
 
+void MappedFile::populate_pages(std::span<const std::byte> range) const noexcept {
+#if defined(MADV_POPULATE_READ)  // Linux 5.14
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(range.data());
+  const std::uintptr_t first = begin & ~(g_page_size - 1);
+  madvise(reinterpret_cast<void*>(first), begin + range.size() - first, MADV_POPULATE_READ);
+#endif
+}
+
 void MappedFile::release_pages(std::span<const std::byte> range) const noexcept {
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(range.data());
   const std::uintptr_t first = (begin + g_page_size - 1) & ~(g_page_size - 1);

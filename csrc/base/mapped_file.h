@@ -20,7 +20,8 @@ namespace tinyvllm {
 
 struct MappedRange;  // the mapping's entry in the list that the SIGBUS handler reads
 
-// One whole file, mapped read-only and unmapped by the destructor. Nothing is read ahead of need.
+// One whole file, mapped read-only and unmapped by the destructor. Nothing is read ahead of need but
+// by populate_pages().
 class MappedFile {
  public:
   // Throws CheckpointError if the file is missing, unreadable, empty or not a regular file.
@@ -34,6 +35,10 @@ class MappedFile {
   // The start is aligned to a page.
   std::span<const std::byte> bytes() const { return bytes_; }
   const std::filesystem::path& path() const { return path_; }
+
+  // Puts the pages of `range` into this process's memory, as touching each of them would, but without
+  // a fault for each. Where the system cannot, it does nothing.
+  void populate_pages(std::span<const std::byte> range) const noexcept;
 
   // Takes the whole pages in `range` out of this process's memory; they are read again when touched.
   void release_pages(std::span<const std::byte> range) const noexcept;

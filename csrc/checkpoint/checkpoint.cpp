@@ -292,13 +292,23 @@ std::vector<std::string> Checkpoint::names() const {
   return out;
 }
 
-void Checkpoint::release_pages(const void* data, std::size_t bytes) const noexcept {
-  const auto* begin = static_cast<const std::byte*>(data);
+const MappedFile* Checkpoint::file_of(const void* data) const noexcept {
   for (const auto& file : files_) {
     const std::span<const std::byte> all = file->bytes();
-    if (begin >= all.data() && begin < all.data() + all.size()) {
-      file->release_pages({begin, bytes});
-    }
+    if (data >= all.data() && data < all.data() + all.size()) return file.get();
+  }
+  return nullptr;
+}
+
+void Checkpoint::populate_pages(const void* data, std::size_t bytes) const noexcept {
+  if (const MappedFile* file = file_of(data)) {
+    file->populate_pages({static_cast<const std::byte*>(data), bytes});
+  }
+}
+
+void Checkpoint::release_pages(const void* data, std::size_t bytes) const noexcept {
+  if (const MappedFile* file = file_of(data)) {
+    file->release_pages({static_cast<const std::byte*>(data), bytes});
   }
 }
 

@@ -62,8 +62,8 @@ class Checkpoint {
   // What is odd but harmless, one line each, for the front end to print.
   const std::vector<std::string>& warnings() const { return warnings_; }
 
-  // Takes the pages of a range inside a mapped file out of this process's memory until they are
-  // touched again; of any other memory, does nothing.
+  // See MappedFile, for a range inside one of the files; of any other memory, they do nothing.
+  void populate_pages(const void* data, std::size_t bytes) const noexcept;
   void release_pages(const void* data, std::size_t bytes) const noexcept;
 
   // True once a page of any file could not be read. One atomic load a file; for use after every
@@ -76,6 +76,7 @@ class Checkpoint {
 
  private:
   Checkpoint() = default;
+  const MappedFile* file_of(const void* data) const noexcept;  // null: of none
   void add_file(const std::filesystem::path& path);
   void open_shards(const std::filesystem::path& index);
   void choose_dtype();

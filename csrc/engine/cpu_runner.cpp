@@ -14,7 +14,9 @@ namespace {
 Weights weights_for(const CpuContext& ctx, const Checkpoint& checkpoint, DType compute,
                     bool repack) {
   Weights weights = load_weights(ctx, checkpoint, compute);
-  return repack ? repack_weights(ctx, checkpoint, std::move(weights)) : std::move(weights);
+  if (repack) return repack_weights(ctx, checkpoint, std::move(weights));
+  populate_weights(ctx, checkpoint, weights);
+  return weights;
 }
 
 }  // namespace

@@ -11,16 +11,6 @@
 namespace tinyvllm {
 namespace {
 
-std::vector<Weight*> matrices_of(Weights& weights) {
-  std::vector<Weight*> matrices;
-  for (LayerWeights& layer : weights.layers) {
-    matrices.insert(matrices.end(),
-                    {&layer.qkv, &layer.attention_output, &layer.gate_up, &layer.down});
-  }
-  matrices.push_back(&weights.lm_head);
-  return matrices;
-}
-
 void give_back(const Checkpoint& checkpoint, const void* rows, std::size_t bytes,
                Weights& weights) {
   const auto copy = std::find_if(weights.copies.begin(), weights.copies.end(),
@@ -36,7 +26,7 @@ void give_back(const Checkpoint& checkpoint, const void* rows, std::size_t bytes
 }  // namespace
 
 Weights repack_weights(const CpuContext& ctx, const Checkpoint& checkpoint, Weights weights) {
-  const std::vector<Weight*> matrices = matrices_of(weights);
+  const std::vector<Weight*> matrices = weights.matrices();
   std::size_t total = 0;
   for (const Weight* matrix : matrices) total += repacked_bytes(*matrix);
   const std::int64_t available = available_memory();

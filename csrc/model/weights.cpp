@@ -5,6 +5,7 @@
 #include <string>
 
 #include "base/errors.h"
+#include "base/host.h"
 #include "model/rope_frequencies.h"
 
 namespace tinyvllm {
@@ -158,6 +159,38 @@ Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType 
                                       "If the output matrix is the embedding, config.json must say "
                                       "tie_word_embeddings: true.");
   return weights;
+}
+
+std::vector<Weight*> Weights::matrices() {
+  std::vector<Weight*> matrices;
+  for (LayerWeights& layer : layers) {
+    matrices.insert(matrices.end(),
+                    {&layer.qkv, &layer.attention_output, &layer.gate_up, &layer.down});
+  }
+  matrices.push_back(&lm_head);
+  return matrices;
+}
+
+void populate_weights(const CpuContext& ctx, const Checkpoint& checkpoint, Weights& weights) {
+  constexpr std::int64_t kPiece = 4 << 20;
+  std::vector<std::span<const std::byte>> pieces;
+  std::int64_t total = 0;
+  for (const Weight* matrix : weights.matrices()) {
+    for (const RowBlock& block : matrix->blocks) {
+      const auto* data = static_cast<const std::byte*>(block.data);
+      const std::int64_t size =
+          block.rows * matrix->depth * static_cast<std::int64_t>(size_of(matrix->dtype));
+      for (std::int64_t first = 0; first < size; first += kPiece) {
+        pieces.emplace_back(data + first, static_cast<std::size_t>(std::min(kPiece, size - first)));
+      }
+      total += size;
+    }
+  }
+  if (total > available_memory()) return;
+  ctx.parallel_for(std::ssize(pieces), [&](std::int64_t i, int) {
+    const std::span<const std::byte> piece = pieces[static_cast<std::size_t>(i)];
+    checkpoint.populate_pages(piece.data(), piece.size());
+  });
 }
 
 }  // namespace tinyvllm

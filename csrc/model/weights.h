@@ -42,6 +42,9 @@ struct Weights {
   std::span<const float> inverse_frequencies;  // [head_dim / 2], see rope_frequencies.h
   Weight lm_head;  // [vocab, hidden]; the embedding itself where the two are tied
 
+  // Those that a step multiplies by, in its order.
+  std::vector<Weight*> matrices();
+
   // What had to be copied, and its size in bytes. All else points into the checkpoint's mappings.
   std::vector<Memory> copies;
   std::size_t copied_bytes = 0;
@@ -50,5 +53,10 @@ struct Weights {
 // The checkpoint must outlive the weights. Throws CheckpointError for a tensor that is absent or of
 // another shape, UnsupportedModelError for one of another dtype.
 Weights load_weights(const CpuContext& ctx, const Checkpoint& checkpoint, DType compute);
+
+// Puts the matrices that lie in files into this process's memory, by all threads at once. The first
+// step, which reads all of them, would do so fault by fault, and memory wait meanwhile. Nothing where
+// memory does not hold them: what was read first would be gone before the step.
+void populate_weights(const CpuContext& ctx, const Checkpoint& checkpoint, Weights& weights);
 
 }  // namespace tinyvllm

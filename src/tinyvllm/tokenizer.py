@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,8 +214,8 @@ class TokenizerLoader:
         if self._tokenizer is None:
             declared = _read_object(self._directory / "tokenizer_config.json").get("eos_token")
             name = declared.get("content") if isinstance(declared, dict) else declared
-            text = _read(self._directory / "tokenizer.json") or ""
-            for entry in _added_tokens(text) if isinstance(name, str) else ():
+            path = self._directory / "tokenizer.json"
+            for entry in _added_tokens(path) if isinstance(name, str) else ():
                 if entry.get("content") == name and isinstance(entry.get("id"), int):
                     return int(entry["id"])
         return self.result().eos_token_id
@@ -261,16 +261,21 @@ def _read_object(path: Path) -> dict[str, Any]:
         return value
 
 
-def _added_tokens(text: str) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, without parsing the rest of it; [] if not found."""
-    match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    if match is None:
+def _added_tokens(path: Path) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, [] if not found; of the rest, which may take longer to
+    read than a small model, nothing behind them."""
+    if not path.is_file():
         return []
-    try:
-        entries, _ = json.JSONDecoder().raw_decode(text, match.end())
-    except ValueError:
-        return []
-    return [entry for entry in entries if isinstance(entry, dict)]
+    data = b""
+    with _flaws_in(path), path.open("rb") as file:
+        while len(data) <= _MAX_FILE_BYTES and (more := file.read(max(len(data), 1 << 20))):
+            data += more
+            if match := re.search(rb'"added_tokens"\s*:\s*(?=\[)', data):
+                text = data[match.end() :].decode(errors="ignore")  # it may end within a character
+                with suppress(ValueError):
+                    entries, _ = json.JSONDecoder().raw_decode(text)
+                    return [entry for entry in entries if isinstance(entry, dict)]
+    return []
 
 
 def _missing(directory: Path) -> str:
