@@ -5,10 +5,11 @@
 // is small, is packed into tiles of the other kind once for all shares.
 //
 // At this rate what matters is where the operands are. The sums of 32 outputs and 32 rows of x stay in
-// registers for a block of the depth, and wait in memory as tiles from one block to the next. With few
-// rows of x, weights are multiplied as they come from memory. With more they are used again and again:
-// a block of them is copied, so that it fits the L1 cache (as rows they lie too far apart for its
-// sets), and the next one is prefetched meanwhile (docs/performance-cpu.md has the numbers).
+// registers for a block of the depth; between blocks they wait in memory as tiles, where others are
+// multiplied in between. With few rows of x, weights are multiplied as they come from memory. With
+// more they are used again and again: a block of them is copied, so that it fits the L1 cache (as rows
+// they lie too far apart for its sets), and the next one is prefetched meanwhile
+// (docs/performance-cpu.md has the numbers).
 #pragma once
 
 #include "ops/cpu/amx.h"
@@ -144,6 +145,7 @@ class TileProduct {
   void multiply() {
     const std::int64_t blocks = packed_blocks(share_.depth);
     few_rows_ = rows_.size() <= kFewRows / kTileSide;
+    sums_stay_ = rows_.size() <= 2 && outputs_.size() <= kPanelOutputs;
     for (std::int64_t block = 0; block < blocks; ++block) {
       steps_ = steps_of(block, share_.depth);
       first_ = block == 0;
@@ -277,7 +279,7 @@ class TileProduct {
     for_each_sum(kTiles, [&]<int kW, int kX>() {
       if (first_) {
         zero_tile<sum_tile(kW, kX)>();
-      } else {
+      } else if (!sums_stay_) {
         load_tile<sum_tile(kW, kX)>(sums + sum_tile(kW, kX) * kTileFloats, kTileRowBytes);
       }
     });
@@ -310,6 +312,7 @@ class TileProduct {
     if (weights.whole_steps < steps_.size()) {
       multiply_step(copies_[weights.whole_steps][0][0], kTileSide * kTileDepth, kTileRowBytes);
     }
+    if (sums_stay_ && !last_) return;
     alignas(64) float out[kTiles * 2 * kTileFloats];
     float* to = last_ ? out : sums;
     for_each_sum(kTiles, [&]<int kW, int kX>() {
@@ -355,6 +358,7 @@ class TileProduct {
   const PackedX x_;
   Range rows_{}, outputs_{};  // of a call of multiply: blocks of 16 rows, and outputs
   bool few_rows_{};           // no more than kFewRows
+  bool sums_stay_{};          // in registers, from one block of the depth to the next
   Range steps_{};             // of a block of the depth, which is
   bool first_{}, last_{};     // the first or last one
   alignas(64) BFloat16 copies_[kPackedSteps][2][kTileSide][kTileDepth];
