@@ -19,6 +19,7 @@
 #include "engine/decode_sizes.h"
 #include "engine/make_runner.h"
 #include "engine/memory_sizes.h"
+#include "ops/logit_maxima.h"
 #include "ops/repack.h"
 
 namespace py = pybind11;
@@ -446,9 +447,12 @@ void bind_parts(py::module_& module) {
             }
           }
         }
+        std::vector<float> maxima(
+            static_cast<std::size_t>(logit_blocks(static_cast<std::int64_t>(logits.size()))));
+        logit_maxima(CpuContext(1), logits, maxima.data());
         Sampler::Workspace workspace;
-        const Sample sample =
-            Sampler(std::move(eos_token_ids)).sample(sequence, sample_index, logits, workspace);
+        const Sample sample = Sampler(std::move(eos_token_ids))
+                                  .sample(sequence, sample_index, {logits, maxima}, workspace);
         return py::make_tuple(sample.token, optional_logprobs(sample.logprobs));
       },
       "params"_a, "logits"_a, "prompt"_a, "output"_a, "seed"_a = 0,

@@ -19,6 +19,7 @@
 #include "bindings/operands.h"
 #include "model/rope_frequencies.h"
 #include "ops/gather_rows.h"
+#include "ops/logit_maxima.h"
 #include "ops/machine_limits.h"
 #include "ops/matmul.h"
 #include "ops/norm_matmul.h"
@@ -192,6 +193,17 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
 }
 
 // Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
+// The logits, and the largest of each block of them.
+py::tuple bind_matmul_logits(const CpuContext& ctx, const py::array& x, const py::array& block,
+                             const std::string& layout) {
+  const Repacked repacked = in_layout(&ctx, weight_of({block}, {}), layout);
+  const std::int64_t rows = view(x).rows, vocab = repacked.weight.outputs();
+  const py::array out = make(DType::kFloat32, rows, vocab);
+  const py::array maxima = make(DType::kFloat32, rows, logit_blocks(vocab));
+  matmul_logits(ctx, view(x), repacked.weight, view(out), view(maxima));
+  return py::make_tuple(out, maxima);
+}
+
 // `copies` different matrices used in turn, as in a model, so that no cache holds them all.
 std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
                                 std::int64_t depth, std::int64_t copies, std::int64_t rounds,
@@ -544,6 +556,8 @@ void bind_ops(py::module_& module) {
   ops.def("matmul", &bind_matmul, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
           py::arg("biases") = std::vector<std::optional<Floats>>(),
           py::arg("out_dtype") = "float32", py::arg("layout") = "rows");
+  ops.def("matmul_logits", &bind_matmul_logits, py::arg("ctx"), py::arg("x"), py::arg("block"),
+          py::arg("layout") = "rows");
   ops.def("repack", &bind_repack, py::arg("ctx"), py::arg("block"));
   ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),
           py::arg("residual"), py::arg("biases") = std::vector<std::optional<Floats>>(),

@@ -93,6 +93,7 @@ void CpuRunner::draw(const std::vector<Draw>& draws, TensorView logits) {
   result_.samples.resize(draws.size());
   result_.errors.assign(draws.size(), nullptr);
   if (draws.empty()) return;
+  const TensorView maxima = model_.logit_maxima(logits.rows);
   ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int worker) {
     const auto index = static_cast<std::size_t>(i);
     const Draw& draw = draws[index];
@@ -100,7 +101,8 @@ void CpuRunner::draw(const std::vector<Draw>& draws, TensorView logits) {
     try {
       result_.samples[index] =
           sampler_.sample(*draw.sequence, draw.sample,
-                          {logits.row<float>(row), static_cast<std::size_t>(logits.cols)},
+                          {{logits.row<float>(row), static_cast<std::size_t>(logits.cols)},
+                           {maxima.row<float>(row), static_cast<std::size_t>(maxima.cols)}},
                           sampler_workspaces_[static_cast<std::size_t>(worker)]);
     } catch (...) {
       result_.errors[index] = std::current_exception();

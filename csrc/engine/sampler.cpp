@@ -13,6 +13,7 @@
 #include "base/errors.h"
 #include "base/philox.h"
 #include "ops/gumbel.h"
+#include "ops/logit_maxima.h"
 
 namespace tinyvllm {
 namespace {
@@ -20,50 +21,52 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Rows are gone through in blocks; a block is skipped where its largest logit says enough.
-constexpr std::size_t kBlock = 256;
+constexpr auto kBlock = static_cast<std::size_t>(kLogitBlock);
 
-struct RowScan {
+// What the largest logits of the blocks of a row say of all of it.
+struct RowMaximum {
   float maximum = kMinusInfinity;
   std::int32_t argmax = 0;  // the lowest id among the largest
   bool finite = true;
-  std::span<const float> block_maxima;  // NaN counts as nothing
+  std::span<const float> block_maxima;
 };
 
-// One pass, in a form that compilers turn into vectors: lanes of their own, no early exit.
-RowScan scan(std::span<const float> row, std::vector<float>& block_maxima) {
+RowMaximum maximum_of(const LogitRow& row) {
+  RowMaximum result{.block_maxima = row.maxima};
+  std::size_t best = 0;
+  for (std::size_t block = 0; block < row.maxima.size(); ++block) {
+    result.finite &= !std::isnan(row.maxima[block]);
+    if (row.maxima[block] > result.maximum) {
+      result.maximum = row.maxima[block];
+      best = block;
+    }
+  }
+  const auto found = std::find(row.logits.begin() + static_cast<std::ptrdiff_t>(best * kBlock),
+                               row.logits.end(), result.maximum);
+  if (found != row.logits.end()) {
+    result.argmax = static_cast<std::int32_t>(found - row.logits.begin());
+  }
+  return result;
+}
+
+// The maxima of a row that has been edited: a token that is masked has minus infinity. In a form that
+// compilers turn into vectors: lanes of their own, no early exit.
+void find_maxima(std::span<const float> row, std::vector<float>& block_maxima) {
   constexpr std::size_t kLanes = 16;
-  RowScan result;
   block_maxima.clear();
   for (std::size_t begin = 0; begin < row.size(); begin += kBlock) {
     const std::span<const float> block = row.subspan(begin, std::min(kBlock, row.size() - begin));
     std::array<float, kLanes> maxima;
     maxima.fill(kMinusInfinity);
-    std::array<std::uint32_t, kLanes> overflow{};  // bit 31: an exponent of all ones was there
     std::size_t i = 0;
     for (; i + kLanes <= block.size(); i += kLanes) {
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        const float x = block[i + lane];
-        maxima[lane] = x > maxima[lane] ? x : maxima[lane];
-        overflow[lane] |= (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) + 0x00800000u;
+        maxima[lane] = block[i + lane] > maxima[lane] ? block[i + lane] : maxima[lane];
       }
     }
-    for (; i < block.size(); ++i) {
-      maxima[0] = block[i] > maxima[0] ? block[i] : maxima[0];
-      overflow[0] |= (std::bit_cast<std::uint32_t>(block[i]) & 0x7fffffffu) + 0x00800000u;
-    }
-    const float maximum = *std::max_element(maxima.begin(), maxima.end());
-    for (const std::uint32_t bits : overflow) result.finite &= bits < 0x80000000u;
-    if (maximum > result.maximum) {
-      result.maximum = maximum;
-      result.argmax = static_cast<std::int32_t>(begin);  // its block, for now
-    }
-    block_maxima.push_back(maximum);
+    for (; i < block.size(); ++i) maxima[0] = block[i] > maxima[0] ? block[i] : maxima[0];
+    block_maxima.push_back(*std::max_element(maxima.begin(), maxima.end()));
   }
-  result.block_maxima = block_maxima;
-  const auto first = row.begin() + result.argmax;
-  const auto found = std::find(first, row.end(), result.maximum);
-  if (found != row.end()) result.argmax = static_cast<std::int32_t>(found - row.begin());
-  return result;
 }
 
 bool masks_end_tokens(const Sequence& sequence) {
@@ -108,7 +111,7 @@ void apply_penalties(const Sequence& sequence, std::span<float> logits) {
 struct Scaled {
   std::span<const float> logits;
   float inverse_temperature;
-  const RowScan& row;
+  const RowMaximum& row;
 
   float operator[](std::size_t i) const { return logits[i] * inverse_temperature; }
   float maximum() const { return row.maximum * inverse_temperature; }
@@ -406,22 +409,23 @@ TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, s
   return result;
 }
 
-Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
-                       std::span<const float> raw, Workspace& workspace) const {
+Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index, const LogitRow& raw,
+                       Workspace& workspace) const {
   const SamplingParams& params = sequence.request->params;
-  RowScan row = scan(raw, workspace.block_maxima);
+  RowMaximum row = maximum_of(raw);
   if (!row.finite) {
     throw Error(DrawOrigin(sequence).not_finite());
   }
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits: what changes them works on a copy.
-  std::span<const float> logits = raw;
+  std::span<const float> logits = raw.logits;
   if (!params.logit_bias.empty() || masks_end_tokens(sequence) || params.has_penalties()) {
-    workspace.edited.assign(raw.begin(), raw.end());
+    workspace.edited.assign(logits.begin(), logits.end());
     apply_bias_and_mask(sequence, eos_token_ids_, workspace.edited);
     if (params.has_penalties()) apply_penalties(sequence, workspace.edited);
     logits = workspace.edited;
-    row = scan(logits, workspace.block_maxima);
+    find_maxima(logits, workspace.maxima);
+    row = maximum_of({logits, workspace.maxima});
   }
 
   Sample sample;
@@ -436,7 +440,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index,
   }
   if (params.logprobs) {
     sample.logprobs =
-        std::make_unique<TokenLogprobs>(top_logprobs(raw, sample.token, *params.logprobs));
+        std::make_unique<TokenLogprobs>(top_logprobs(raw.logits, sample.token, *params.logprobs));
   }
   return sample;
 }

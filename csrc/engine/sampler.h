@@ -24,6 +24,12 @@ struct Sample {
   std::unique_ptr<TokenLogprobs> logprobs;  // where SamplingParams::logprobs asks for them
 };
 
+// A row of logits, and the largest of each block of them (ops/logit_maxima.h).
+struct LogitRow {
+  std::span<const float> logits;  // [vocab]
+  std::span<const float> maxima;  // [logit_blocks(vocab)]
+};
+
 class Sampler {
  public:
   // eos_token_ids: what min_tokens keeps from being chosen, besides the request's stop_token_ids.
@@ -32,13 +38,13 @@ class Sampler {
 
   // What one call at a time works in; kept from row to row so that most rows allocate nothing.
   struct Workspace {
-    std::vector<float> block_maxima;  // of the row, by blocks of its logits
-    std::vector<float> edited;        // the row with what a request's options change
+    std::vector<float> edited;  // the row with what a request's options change
+    std::vector<float> maxima;  // of its blocks
   };
 
   // The next token of one of the request's samples, which `sequence` is or stands for, from
-  // `logits` [vocab]. Throws Error where a logit is not finite, and where the masks leave no token.
-  Sample sample(const Sequence& sequence, std::int32_t sample_index, std::span<const float> logits,
+  // its row of logits. Throws Error where a logit is not finite, and where the masks leave no token.
+  Sample sample(const Sequence& sequence, std::int32_t sample_index, const LogitRow& raw,
                 Workspace& workspace) const;
 
  private:

@@ -10,6 +10,7 @@
 #include "cuda/context.h"
 #endif
 #include "ops/gather_rows.h"
+#include "ops/logit_maxima.h"
 #include "ops/norm_matmul.h"
 #include "ops/rope.h"
 #include "ops/rope_and_attend.h"
@@ -39,14 +40,15 @@ Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config,
       last_attention_(ctx, weights_.compute, max_logit_rows, config.num_heads * config.head_dim),
       last_residual_(ctx, DType::kFloat32, max_logit_rows, config.hidden_size),
       last_normalized_(ctx, weights_.compute, max_logit_rows, config.hidden_size),
-      logits_(ctx, DType::kFloat32, max_logit_rows, config.vocab_size) {}
+      logits_(ctx, DType::kFloat32, max_logit_rows, config.vocab_size),
+      logit_maxima_(ctx, DType::kFloat32, max_logit_rows, logit_blocks(config.vocab_size)) {}
 
 template <typename Context>
 std::int64_t Transformer<Context>::activation_bytes() const {
   std::int64_t bytes = 0;
   for (const Buffer* buffer : std::initializer_list<const Buffer*>{
            &residual_, &normalized_, &cos_sin_, &qkv_, &attention_, &gate_up_, &activated_,
-           &last_attention_, &last_residual_, &last_normalized_, &logits_}) {
+           &last_attention_, &last_residual_, &last_normalized_, &logits_, &logit_maxima_}) {
     bytes += buffer->bytes();
   }
   return bytes;
@@ -157,9 +159,9 @@ MutTensorView Transformer<Context>::logits(std::span<const std::int32_t> rows) {
 template <typename Context>
 MutTensorView Transformer<Context>::last_logits(std::int64_t num_rows) {
   const MutTensorView logits = logits_view(num_rows);
-  norm_matmul(ctx_, first_rows(last_residual_.view, num_rows), weights_.final_norm,
+  norm_logits(ctx_, first_rows(last_residual_.view, num_rows), weights_.final_norm,
               config_.rms_norm_eps, weights_.lm_head, first_rows(last_normalized_.view, num_rows),
-              logits);
+              logits, logit_maxima(num_rows));
   return logits;
 }
 

@@ -58,6 +58,11 @@ class Transformer {
   MutTensorView forward(const Batch<Sequences>& batch, const KvCache& kv,
                         std::span<const std::int32_t> rows);
 
+  // What was found on the way, on the CPU (ops/logit_maxima.h): of the rows of the last logits.
+  MutTensorView logit_maxima(std::int64_t num_rows) const {
+    return first_rows(logit_maxima_.view, num_rows);
+  }
+
   // Where the logits of so many rows are written.
   MutTensorView logits_view(std::int64_t num_rows) const {
     return first_rows(logits_.view, num_rows);
@@ -103,6 +108,7 @@ class Transformer {
   Buffer last_residual_;     // [max_logit_rows, hidden]                           float32
   Operand last_normalized_;  // [max_logit_rows, hidden]                           compute
   Buffer logits_;            // [max_logit_rows, vocab]                            float32
+  Buffer logit_maxima_;      // [max_logit_rows, logit_blocks(vocab)]              float32
 };
 
 // What activation_bytes() of such a model would be.

@@ -45,6 +45,11 @@ struct Weight {
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 void matmul(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 
+// Where the results are logits: with maxima [num_rows, logit_blocks(outputs)] as logit_maxima.h has
+// them, found while the product still has a block in its cache.
+void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+                   MutTensorView maxima);
+
 // residual[m, n] += (x W^T + b)[m, n]: what a branch of a layer does at its end. float32; the sum of
 // products is complete before it is added.
 void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual);

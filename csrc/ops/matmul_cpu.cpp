@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "base/errors.h"
+#include "ops/logit_maxima.h"
 #include "ops/matmul.h"
 
 namespace tinyvllm {
@@ -56,11 +57,20 @@ Operand<BFloat16> pack(const CpuContext& ctx, TensorView x, void (*pack_piece)(c
   return {packed, reinterpret_cast<float*>(memory)};
 }
 
+// What becomes of the sums of products.
+struct Target {
+  MutTensorView out;
+  bool accumulate = false;
+  const MutTensorView* maxima = nullptr;  // of logits
+};
+
 template <typename X, typename W>
-void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-                     bool accumulate, Product<X, W> product) {
+void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, Target target,
+                     Product<X, W> product) {
   const bool panels = weight.layout == WeightLayout::kPanels;
-  const std::int64_t multiple = panels || product.pack ? kPanelOutputs : kTileOutputs;
+  const std::int64_t multiple = target.maxima            ? kLogitBlock
+                                : panels || product.pack ? kPanelOutputs
+                                                         : kTileOutputs;
   const std::int64_t depth = panels ? panel_depth(weight.dtype, weight.depth) : weight.depth;
   const std::int64_t by_bytes = kStripBytes / (depth * static_cast<std::int64_t>(sizeof(W)) + 1);
   const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
@@ -77,32 +87,38 @@ void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, 
   for (std::size_t i = 0; i < strips.size(); ++i) {
     strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);
   }
-  ctx.parallel_for(strips[0].count + strips[1].count + strips[2].count,
-                   [&](std::int64_t strip, int worker) {
-                     std::int64_t first_output = 0;
-                     std::size_t i = 0;
-                     for (; strip >= strips[i].count; ++i) {
-                       strip -= strips[i].count;
-                       first_output += weight.blocks[i].rows;
-                     }
-                     const RowBlock& block = weight.blocks[i];
-                     const std::int64_t n = strip * strips[i].outputs;
-                     product.multiply({.x = operand.x,
-                                       .x_stride = x.row_stride,
-                                       .weight = static_cast<const W*>(block.data) + n * depth,
-                                       .bias = block.bias == nullptr ? nullptr : block.bias + n,
-                                       .out = out.row<float>(0) + first_output + n,
-                                       .out_stride = out.row_stride,
-                                       .accumulate = accumulate,
-                                       .num_rows = x.rows,
-                                       .num_outputs = std::min(strips[i].outputs, block.rows - n),
-                                       .depth = weight.depth,
-                                       .scratch = operand.of(worker)});
-                   });
+  ctx.parallel_for(
+      strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
+        std::int64_t first_output = 0;
+        std::size_t i = 0;
+        for (; strip >= strips[i].count; ++i) {
+          strip -= strips[i].count;
+          first_output += weight.blocks[i].rows;
+        }
+        const RowBlock& block = weight.blocks[i];
+        const std::int64_t n = strip * strips[i].outputs;
+        const std::int64_t num_outputs = std::min(strips[i].outputs, block.rows - n);
+        product.multiply({.x = operand.x,
+                          .x_stride = x.row_stride,
+                          .weight = static_cast<const W*>(block.data) + n * depth,
+                          .bias = block.bias == nullptr ? nullptr : block.bias + n,
+                          .out = target.out.row<float>(0) + first_output + n,
+                          .out_stride = target.out.row_stride,
+                          .accumulate = target.accumulate,
+                          .num_rows = x.rows,
+                          .num_outputs = num_outputs,
+                          .depth = weight.depth,
+                          .scratch = operand.of(worker)});
+        if (target.maxima == nullptr) return;
+        for (std::int64_t row = 0; row < x.rows; ++row) {
+          logit_maxima(ctx, {target.out.row<float>(row) + n, static_cast<std::size_t>(num_outputs)},
+                       target.maxima->row<float>(row) + n / kLogitBlock);
+        }
+      });
 }
 
-void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
-              bool accumulate) {
+void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, Target target) {
+  const MutTensorView& out = target.out;
   if (x.cols != weight.depth || out.cols != weight.outputs() || out.rows != x.rows ||
       out.dtype != DType::kFloat32) {
     throw Error("matmul: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
@@ -118,15 +134,14 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
     const Product<BFloat16, BFloat16> rows_product = {kernels.matmul_bf16_bf16, kernels.pack_x};
     const Product<BFloat16, BFloat16> panels_product = {kernels.matmul_panels_bf16_bf16,
                                                         kernels.pack_x_for_panels};
-    multiply_strips(ctx, x, weight, out, accumulate, panels ? panels_product : rows_product);
+    multiply_strips(ctx, x, weight, target, panels ? panels_product : rows_product);
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
     multiply_strips<float, BFloat16>(
-        ctx, x, weight, out, accumulate,
+        ctx, x, weight, target,
         {panels ? kernels.matmul_panels_f32_bf16 : kernels.matmul_f32_bf16});
   } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
     multiply_strips<float, float>(
-        ctx, x, weight, out, accumulate,
-        {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32});
+        ctx, x, weight, target, {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32});
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +
@@ -137,11 +152,22 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
 }  // namespace
 
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
-  multiply(ctx, x, weight, out, false);
+  multiply(ctx, x, weight, {.out = out});
+}
+
+void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+                   MutTensorView maxima) {
+  if (weight.blocks[0].rows != weight.outputs() || maxima.rows != out.rows ||
+      maxima.cols != logit_blocks(out.cols)) {
+    throw Error("matmul_logits: weight is one block, and maxima are [" + std::to_string(out.rows) +
+                ", " + std::to_string(logit_blocks(out.cols)) + "], not [" +
+                std::to_string(maxima.rows) + ", " + std::to_string(maxima.cols) + "].");
+  }
+  multiply(ctx, x, weight, {.out = out, .maxima = &maxima});
 }
 
 void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
-  multiply(ctx, x, weight, residual, true);
+  multiply(ctx, x, weight, {.out = residual, .accumulate = true});
 }
 
 }  // namespace tinyvllm

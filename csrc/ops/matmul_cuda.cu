@@ -387,6 +387,12 @@ void norm_matmul(const CudaContext& ctx, TensorView x, const float* norm, float 
                      .normalized = normalized});
 }
 
+void norm_logits(const CudaContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView out,
+                 MutTensorView /*maxima*/) {
+  norm_matmul(ctx, x, norm, eps, weight, normalized, out);
+}
+
 void norm_swiglu(const CudaContext& ctx, TensorView x, const float* norm, float eps,
                  const Weight& weight, MutTensorView normalized, MutTensorView gate_up,
                  MutTensorView out) {

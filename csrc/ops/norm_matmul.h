@@ -24,6 +24,17 @@ void norm_matmul(const CpuContext& ctx, TensorView x, const float* norm, float e
 void norm_matmul(const CudaContext& ctx, TensorView x, const float* norm, float eps,
                  const Weight& weight, MutTensorView normalized, MutTensorView out);
 
+// The same for the output matrix, with what a sampler on the host wants to know of the logits.
+//
+//   maxima  [num_tokens, logit_blocks(outputs)]  see logit_maxima.h; CUDA leaves them as they are,
+//                                                as its sampler looks at the logits themselves
+void norm_logits(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView out,
+                 MutTensorView maxima);
+void norm_logits(const CudaContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView out,
+                 MutTensorView maxima);
+
 // out = silu(gate) * up  with  [gate, up] = rms_norm(x) W^T + b
 //
 //   weight   [2 intermediate, hidden]      gate above up

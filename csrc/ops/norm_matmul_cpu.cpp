@@ -10,6 +10,13 @@ void norm_matmul(const CpuContext& ctx, TensorView x, const float* norm, float e
   matmul(ctx, normalized, weight, out);
 }
 
+void norm_logits(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                 const Weight& weight, MutTensorView normalized, MutTensorView out,
+                 MutTensorView maxima) {
+  rms_norm(ctx, x, norm, eps, normalized);
+  matmul_logits(ctx, normalized, weight, out, maxima);
+}
+
 void norm_swiglu(const CpuContext& ctx, TensorView x, const float* norm, float eps,
                  const Weight& weight, MutTensorView normalized, MutTensorView gate_up,
                  MutTensorView out) {

@@ -305,6 +305,10 @@ class _Ops:
         layout: str = "rows",
     ) -> Tensor: ...
     @staticmethod
+    def matmul_logits(
+        ctx: CpuContext, x: Tensor, block: Tensor, layout: str = "rows"
+    ) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
     def repack(ctx: CpuContext, block: Tensor) -> Tensor: ...
     @staticmethod
     def matmul_add(

@@ -47,6 +47,7 @@ const Kernels kKernels = {
     .rotate = &rotate,
     .silu_mul_f32 = &silu_mul<float>,
     .silu_mul_bf16 = &silu_mul<BFloat16>,
+    .finite_maximum = &finite_maximum,
     .to_bfloat16 = &convert_to_bfloat16,
     .to_float = &convert_to_float,
     .read = &read,

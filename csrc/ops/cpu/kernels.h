@@ -160,6 +160,8 @@ struct Kernels {
   // out[i] = silu(gate[i]) * up[i]
   void (*silu_mul_f32)(const float* gate, const float* up, std::int64_t size, float* out);
   void (*silu_mul_bf16)(const float* gate, const float* up, std::int64_t size, BFloat16* out);
+  // The largest of some numbers, or NaN where one of them is not finite.
+  float (*finite_maximum)(const float* x, std::int64_t size);
   void (*to_bfloat16)(const float* x, std::int64_t size, BFloat16* out);
   void (*to_float)(const BFloat16* x, std::int64_t size, float* out);
 

@@ -70,6 +70,22 @@ void silu_mul(const float* gate, const float* up, std::int64_t size, Out* out) {
   }
 }
 
+inline float finite_maximum(const float* x, std::int64_t size) {
+  Float maxima = broadcast(-__builtin_inff()), flaws{};  // x * 0 lets infinity and NaN show
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Float v = load(x + i);
+    maxima = v > maxima ? v : maxima;
+    flaws += v * 0.0f;
+  }
+  float maximum = horizontal_maximum(maxima), flaw = horizontal_sum(flaws);
+  for (; i < size; ++i) {
+    maximum = x[i] > maximum ? x[i] : maximum;
+    flaw += x[i] * 0.0f;
+  }
+  return maximum + flaw;
+}
+
 inline void convert_to_bfloat16(const float* x, std::int64_t size, BFloat16* out) {
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i));
