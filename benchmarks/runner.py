@@ -4,8 +4,8 @@ A benchmark is a list of rows and a call of main(). One row of one run:
 
 1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that
    is not installed stays in the row, with the reason.
-2. A short warm-up, then rounds. Each measures the machine's limits and then every peer once; who
-   begins rotates.
+2. A short warm-up, then rounds. Each measures the machine's limits and then every peer once, in
+   another order each time.
 3. In every round it is checked that there are as many tokens as were asked for, and in the first
    one that they are this engine's up to a near tie. A peer that did other work is refused: no ratio
    is computed, and the run ends with exit code 1.
@@ -261,7 +261,7 @@ class Bench:
             for number in range(self.rounds):
                 limits.append(self._limits())
                 # In the first round the reference goes first.
-                for column in _rotated(columns, number):
+                for column in _in_turns(columns, number):
                     if column.missing or column.refused:
                         continue
                     process = processes[column.spec.name]
@@ -331,7 +331,7 @@ class Bench:
         for number in range(-1, self.rounds):  # the first only warms the page cache
             if number >= 0:
                 limits.append(self._limits())
-            for column in columns if number < 0 else _rotated(columns, number):
+            for column in columns if number < 0 else _in_turns(columns, number):
                 if column.missing:
                     continue
                 arguments = [*self._arguments(column.spec, checkpoint, row), *given]
@@ -465,9 +465,12 @@ class Bench:
         }
 
 
-def _rotated(columns: list[_Column], number: int) -> list[_Column]:
-    shift = number % len(columns)
-    return columns[shift:] + columns[:shift]
+def _in_turns(columns: list[_Column], number: int) -> list[_Column]:
+    """Each is first as often as the others, and not always behind the same one, which may leave a
+    hot machine and full caches: forwards and backwards, from another one on every two rounds."""
+    shift = number // 2 % len(columns)
+    order = columns[shift:] + columns[:shift]
+    return order[::-1] if number % 2 else order
 
 
 # --- The command line of every benchmark ----------------------------------------------------------

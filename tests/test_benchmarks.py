@@ -171,6 +171,11 @@ def test_a_trial_leaves_the_results_alone(
     assert "all divided by 2" in capsys.readouterr().out
 
 
+def test_nobody_comes_always_behind_the_same_one() -> None:
+    orders = {"".join(runner._in_turns(list("abc"), number)) for number in range(6)}
+    assert orders == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+
 def test_a_row_may_have_this_engine_in_several_configurations(models: Path) -> None:
     variants = {"static": {"batching": "static"}, "small": {"num_gpu_blocks_override": 0}}
     result = run(models, "honest", variants=variants)
