@@ -505,6 +505,33 @@ def test_signals_keep_whole_lines(model: str, tmp_path: Path, number: int, code:
     assert f"stopped after {len(lines)} answers; --resume".encode() in stderr
 
 
+SIGNAL_IN_A_WRITE = """
+import os, signal, sys
+from tinyvllm.cli import line_io, main
+
+def write(descriptor, data, write=os.write):
+    number = write(descriptor, data)
+    if b'"line":3' in data.replace(b" ", b""):
+        os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+line_io.os.write = write
+sys.argv = ["tinyvllm", "run-batch", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_signal_during_a_write_counts_the_line(model: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    arguments = ["-m", model, "-i", str(endless(tmp_path / "in", 20)), "-o", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_IN_A_WRITE, *arguments], capture_output=True, check=False
+    )
+    assert done.returncode == 130
+    assert [line["line"] for line in parse(target.read_bytes())] == [1, 2, 3]
+    assert b"stopped after 3 answers; --resume" in done.stderr
+
+
 def test_a_signal_ends_the_wait_for_a_reader_that_does_not_read(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.write_bytes(jsonl({"prompt": "x", "max_tokens": 1} for _ in range(300)))

@@ -76,6 +76,7 @@ class LineWriter:
         self._descriptor = descriptor
         self._name = name
         self.is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self.num_lines = 0  # that are written; right also when a signal has come during one
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -91,6 +92,7 @@ class LineWriter:
                         num_written += os.write(self._descriptor, line[num_written:])
                     except BlockingIOError:
                         self._poll.poll()
+                self.num_lines += 1
             except BrokenPipeError:
                 raise Stopped(141) from None
             except OSError as error:

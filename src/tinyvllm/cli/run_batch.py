@@ -164,12 +164,14 @@ def command(**options: Any) -> int:
             os.ftruncate(target, 0)
         progress = Progress(llm, tally, reader.position, _size(source), hide=quiet)
         window = options["window"] or 2 * options["max_num_seqs"]
+        num_before = tally.answered
         try:
             Batch(llm, settings, reader, writer, window, tally, progress).run()
         except Stopped:
             progress.close()
             if writer.is_file and names_file and not quiet:
-                note(f"stopped after {tally.answered} answers; --resume goes on after them")
+                num_answers = num_before + writer.num_lines
+                note(f"stopped after {num_answers} answers; --resume goes on after them")
             raise
         finally:
             progress.close()
