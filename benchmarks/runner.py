@@ -537,7 +537,7 @@ def main(
         device=arguments.device,
         command=_command(arguments.rounds),
     )
-    failed = refused = False
+    measured = failed = refused = False
     for row in rows:
         if arguments.rows and row.name not in arguments.rows:
             continue
@@ -552,10 +552,12 @@ def main(
             continue
         print_row(result)
         results.put_row(path, result, [row.name for row in rows])
+        measured = True
         refused = refused or any(peer.get("refused") for peer in result["peers"])
-    path.with_suffix(".md").write_text(results.to_markdown(results.read_rows(path)))
-    if finish is not None:
-        finish(path)
+    if measured:
+        path.with_suffix(".md").write_text(results.to_markdown(results.read_rows(path)))
+        if finish is not None:
+            finish(path)
     if refused:
         print("error: a peer did other work and was not compared; see above", file=sys.stderr)
     if failed or refused:

@@ -121,6 +121,9 @@ def test_a_row_that_fails_does_not_take_the_others_with_it(
     assert stopped.value.code == 1
     assert "error: too-long: tinyvllm" in capsys.readouterr().err
     assert [each["row"] for each in results.read_rows(tmp_path / "out.json")] == ["fits"]
+    with pytest.raises(SystemExit):
+        runner.main("A benchmark.", rows[:1], [], tmp_path / "none.json")
+    assert not list(tmp_path.glob("none.*"))
 
 
 def test_a_peer_with_prompts_of_its_own_has_no_first_token_to_compare(models: Path) -> None:
