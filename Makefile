@@ -143,8 +143,8 @@ gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and th
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 # Of compute-sanitizer's findings counts what kernels do; that an allocation fails is what some tests
-# are for, and that the driver is loaded is its own doing. initcheck sees nothing of what cuBLASLt
-# writes (on an H200, where it reported the engine's reads of it): it has the ops only.
+# are for, and that the driver is loaded is its own doing. initcheck took
+# what cuBLASLt had written for unwritten (H200; the engine's results were right): it has the ops only.
 SANITIZE_TOOLS := memcheck racecheck initcheck
 
 gpu-sanitize: cuda  ## on a machine with a GPU: its tests under NVIDIA's compute-sanitizer; slow
