@@ -192,7 +192,6 @@ py::array bind_matmul(const AnyContext& any, const py::array& x,
   return out;
 }
 
-// Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
 // The logits, and the largest of each block of them.
 py::tuple bind_matmul_logits(const CpuContext& ctx, const py::array& x, const py::array& block,
                              const std::string& layout) {
@@ -204,6 +203,7 @@ py::tuple bind_matmul_logits(const CpuContext& ctx, const py::array& x, const py
   return py::make_tuple(out, maxima);
 }
 
+// Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
 // `copies` different matrices used in turn, as in a model, so that no cache holds them all.
 std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
                                 std::int64_t depth, std::int64_t copies, std::int64_t rounds,
