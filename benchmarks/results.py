@@ -122,10 +122,15 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def to_markdown(rows: list[Json]) -> str:
-    """One table: a line a row, a column a peer, with the ratio that this engine reaches."""
-    names: list[str] = []
+    """One table: a line a row, a column a peer, with the ratio that this engine reaches.
+
+    A peer that ran in no row has no column, but a line that says why.
+    """
+    ran: dict[str, bool] = {}
     for row in rows:
-        names += [peer["peer"] for peer in row["peers"] if peer["peer"] not in names]
+        for peer in row["peers"]:
+            ran[peer["peer"]] = ran.get(peer["peer"], False) or "missing" not in peer
+    names = [name for name in ran if ran[name]]
     lines = [
         "| work | " + " | ".join(names) + " | limit | share | best ratio |",
         "|---" * (len(names) + 4) + "|",
@@ -145,14 +150,22 @@ def to_markdown(rows: list[Json]) -> str:
     versions = sorted(
         {peer["version"] for row in rows for peer in row["peers"] if "version" in peer}
     )
-    machines = sorted({_machine_line(row) for row in rows})
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        machines.setdefault(_machine_line(row), []).append(row["row"])
     lines += ["", "A figure without a unit is tokens a second. A ratio says how many times better "]
     lines[-1] += "tinyvllm is than that peer in the same rounds; the last column is the least of "
     lines[-1] += "them. The limit is what the machine allows, measured in the same rounds"
     limits = _limits_line(rows)
     lines[-1] += f": it {limits}." if limits else "."
-    lines += ["", *(f"- {line}" for line in machines), *(f"- {version}" for version in versions)]
-    lines += [f"- {row['row']}: {note}" for row in rows for note in _notes(row)]
+    lines.append("")
+    for machine_line, on_it in machines.items():
+        lines.append(f"- {machine_line}" + (f": {', '.join(on_it)}" if len(machines) > 1 else ""))
+    lines += [f"- {version}" for version in versions]
+    lines += [f"- {row['row']}: {note}" for row in rows for note in _notes(row, names)]
+    for name in [name for name in ran if not ran[name]]:
+        reasons = {p["missing"]: None for row in rows for p in row["peers"] if p["peer"] == name}
+        lines.append(f"- {name} did not run: {'; '.join(reasons)}")
     return "\n".join(lines) + "\n"
 
 
@@ -223,11 +236,13 @@ def _machine_line(row: Json) -> str:
     )
 
 
-def _notes(row: Json) -> list[str]:
+def _notes(row: Json, names: list[str]) -> list[str]:
     notes = []
     if any(peer.get("agreement") for peer in row["peers"]):
         notes.append(_agreement_line(row))
     for peer in row["peers"]:
+        if peer["peer"] not in names:
+            continue
         if "missing" in peer:
             notes.append(f"{peer['peer']} did not run: {peer['missing']}")
         elif peer.get("refused"):
