@@ -39,7 +39,7 @@ struct MatmulShare {
 // a time: 16 rows or what is left of them, in one block of the depth. Its blocks are of up to
 // kPackedSteps steps of kPackedDepth elements, the last step filled up with zeros. `x` of a
 // MatmulShare is then the packed one.
-inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 16;
+inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 9;
 struct PackShare {
   const BFloat16* x;  // [num_rows, depth], rows x_stride elements apart
   std::int64_t x_stride, num_rows, depth;
@@ -58,6 +58,9 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
   const std::int64_t steps = (depth + kPackedDepth - 1) / kPackedDepth;
   return (num_rows < kPackedRows ? num_rows : whole_rows) * steps * kPackedDepth;
 }
+
+// An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
+inline constexpr std::int64_t kCachedOperand = 512 * 1024;
 
 // Of such a product: the sums of a share that wait in memory, and the most outputs of a share.
 inline constexpr std::int64_t kMatmulScratch = 128 * 1024, kMostPackedOutputs = 256;

@@ -2,7 +2,9 @@
 // x, and the arithmetic rate fifteen times that of vectors of float32. See MatmulShare in kernels.h.
 //
 // Weights in rows are left operands as they lie, weights in panels (ops/repack.h) right ones; x, which
-// is small, is packed into tiles of the other kind once for all shares.
+// is small, is packed into tiles of the other kind once for all shares. Where weights are left
+// operands, the tiles of sums have to be turned; with many rows of x it is less work to turn weights
+// in rows, too. Either way gives the same bits.
 //
 // At this rate what matters is where the operands are. The sums of 32 outputs and 32 rows of x stay in
 // registers for a block of the depth; between blocks they wait in memory as tiles, where others are
@@ -51,9 +53,14 @@ TINYVLLM_INLINE __m512i load_step(const BFloat16* p, std::int64_t count) {
   return _mm512_maskz_loadu_epi16(mask, p);
 }
 
+// Whether it is weights in rows that are turned: the fewer of their tiles and of those of sums.
+constexpr bool turns_weights(std::int64_t num_rows, std::int64_t depth) {
+  return depth / kTileDepth < num_rows / kTileSide;
+}
+
 // kLeft: into left operands.
 template <bool kLeft>
-void pack_rows(const PackShare& share) {
+void pack_operands(const PackShare& share) {
   const PackedX x{share.num_rows};
   const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
   const Range steps = steps_of(block, share.depth);
@@ -81,11 +88,21 @@ void pack_rows(const PackShare& share) {
   }
 }
 
+template <bool kPanels>
+void pack_rows(const PackShare& share) {
+  if (kPanels || turns_weights(share.num_rows, share.depth)) {
+    pack_operands<true>(share);
+  } else {
+    pack_operands<false>(share);
+  }
+}
+
 // The tile registers: two of weights, two of x, and the sums of each with each.
 inline constexpr int kWeightTile = 4, kXTile = 6;
 constexpr int sum_tile(int w, int x) { return 2 * x + w; }
 
-template <bool kPanels>
+// The weights are right operands, or left ones.
+template <bool kPanels, bool kRight>
 class TileProduct {
  public:
   explicit TileProduct(const MatmulShare<BFloat16, BFloat16>& share)
@@ -95,7 +112,7 @@ class TileProduct {
     configure();
     // Where x does not fit the L2 cache, a block of its depth is multiplied with all outputs before
     // the next one is read; else the weights are best read in the order in which they lie.
-    const bool cached = share_.num_rows * share_.depth <= kCachedElements;
+    const bool cached = share_.num_rows * share_.depth <= kCachedOperand;
     const std::int64_t outputs = cached ? kPanelOutputs : kMostPackedOutputs;
     const std::int64_t row_blocks = kMatmulScratch / outputs / kTileSide;
     for (std::int64_t row = 0; row < x_.row_blocks(); row += row_blocks) {
@@ -131,7 +148,7 @@ class TileProduct {
       config.set(kWeightTile + i, kTileSide, kTileRowBytes);
       const int narrow[] = {kXTile + i, sum_tile(0, i), sum_tile(1, i)};
       for (const int tile : narrow) {
-        if (kPanels) {
+        if (kRight) {
           config.set(tile, x_.tile_rows(), kTileRowBytes);
         } else {
           config.set(tile, kTileSide, 4 * x_.tile_rows());
@@ -192,7 +209,7 @@ class TileProduct {
   Weights prepare(std::int64_t n) {
     const Weights weights = weights_at(n, steps_.first);
     const std::int64_t outputs = smaller(share_.num_outputs - n, kPanelOutputs);
-    if (kPanels || (few_rows_ && outputs == kPanelOutputs)) {
+    if (kPanels || (!kRight && few_rows_ && outputs == kPanelOutputs)) {
       if (weights.whole_steps < steps_.size()) copy_last_step(weights);
       return weights;
     }
@@ -209,8 +226,21 @@ class TileProduct {
         put(step, i < outputs ? load_step(from + step * kTileDepth, depth_from(step)) : __m512i{});
       }
     }
+    if constexpr (kRight) turn_copies();
     constexpr std::int64_t kTile = kTileSide * kTileDepth;
     return {copies_[0][0][0], 2 * kTile, kTile, kTileDepth, kTileDepth, steps_.size()};
+  }
+
+  // Left operands become right ones.
+  void turn_copies() {
+    for (std::int64_t step = 0; step < steps_.size(); ++step) {
+      for (auto& copy : copies_[step]) {
+        Float tile[kTileSide];
+        __builtin_memcpy(tile, copy, sizeof(tile));
+        transpose(tile);  // of pairs
+        __builtin_memcpy(copy, tile, sizeof(tile));
+      }
+    }
   }
 
   // A step that is not whole is always multiplied from a copy, with zeros for what is missing.
@@ -265,7 +295,7 @@ class TileProduct {
 
   template <int kW, int kX>
   TINYVLLM_INLINE static void multiply_tile() {
-    if constexpr (kPanels) {
+    if constexpr (kRight) {
       multiply_tiles<sum_tile(kW, kX), kXTile + kX, kWeightTile + kW>();
     } else {
       multiply_tiles<sum_tile(kW, kX), kWeightTile + kW, kXTile + kX>();
@@ -283,7 +313,7 @@ class TileProduct {
         load_tile<sum_tile(kW, kX)>(sums + sum_tile(kW, kX) * kTileFloats, kTileRowBytes);
       }
     });
-    const std::int64_t x_stride = kPanels ? kTileRowBytes : 4 * x_.tile_rows();
+    const std::int64_t x_stride = kRight ? kTileRowBytes : 4 * x_.tile_rows();
     const std::int64_t next_rows = steps_.size() * x_.tile_size();
     const BFloat16* x = share_.x + x_.offset(row, steps_);
     const auto multiply_step = [&](const BFloat16* w, std::int64_t tile, std::int64_t row_bytes) {
@@ -314,14 +344,26 @@ class TileProduct {
     }
     if (sums_stay_ && !last_) return;
     alignas(64) float out[kTiles * 2 * kTileFloats];
-    float* to = last_ ? out : sums;
     for_each_sum(kTiles, [&]<int kW, int kX>() {
-      store_tile<sum_tile(kW, kX)>(to + sum_tile(kW, kX) * kTileFloats, kTileRowBytes);
+      constexpr int kSum = sum_tile(kW, kX);
+      const std::int64_t m = (row + kX) * kTileSide, o = n + kW * kTileSide;
+      if (last_ && is_whole(m, o)) {
+        store_tile<kSum>(share_.out + m * share_.out_stride + o, 4 * share_.out_stride);
+      } else {
+        store_tile<kSum>((last_ ? out : sums) + kSum * kTileFloats, kTileRowBytes);
+      }
     });
     if (!last_) return;
     for_each_sum(kTiles, [&]<int kW, int kX>() {
-      write((row + kX) * kTileSide, n + kW * kTileSide, out + sum_tile(kW, kX) * kTileFloats);
+      const std::int64_t m = (row + kX) * kTileSide, o = n + kW * kTileSide;
+      if (!is_whole(m, o)) write(m, o, out + sum_tile(kW, kX) * kTileFloats);
     });
+  }
+
+  // Whether a tile of sums is all that becomes of row m and output n and those behind them.
+  bool is_whole(std::int64_t m, std::int64_t n) const {
+    return kRight && !share_.accumulate && share_.bias == nullptr &&
+           m + x_.tile_rows() <= share_.num_rows && n + kTileSide <= share_.num_outputs;
   }
 
   void prefetch_out(std::int64_t row, std::int64_t row_blocks, std::int64_t n) const {
@@ -339,7 +381,7 @@ class TileProduct {
     const std::int64_t rows = smaller(share_.num_rows - row, kTileSide);
     Float tile[kTileSide];
     for (int i = 0; i < kTileSide; ++i) tile[i] = load(sums + i * kTileSide);
-    if (!kPanels) transpose(tile);
+    if (!kRight) transpose(tile);
     const std::int64_t outputs = share_.num_outputs - n;
     const auto mask = static_cast<__mmask16>(outputs < kTileSide ? (1u << outputs) - 1 : 0xffffu);
     const Float bias = share_.bias ? _mm512_maskz_loadu_ps(mask, share_.bias + n) : Float{};
@@ -351,7 +393,6 @@ class TileProduct {
     }
   }
 
-  static constexpr std::int64_t kCachedElements = 512 * 1024;  // of x: 1 MiB
   static constexpr std::int64_t kFewRows = 64, kStepsAhead = 4;
 
   const MatmulShare<BFloat16, BFloat16>& share_;
@@ -366,7 +407,11 @@ class TileProduct {
 
 template <bool kPanels>
 void matmul_tiles(const MatmulShare<BFloat16, BFloat16>& share) {
-  TileProduct<kPanels>(share).run();
+  if (kPanels || turns_weights(share.num_rows, share.depth)) {
+    TileProduct<kPanels, true>(share).run();
+  } else {
+    TileProduct<false, false>(share).run();
+  }
 }
 
 }  // namespace tinyvllm::TINYVLLM_ISA
