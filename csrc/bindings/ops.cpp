@@ -270,14 +270,16 @@ py::array bind_norm_matmul(const AnyContext& any, const py::array& x, const Floa
 
 py::array bind_norm_swiglu(const AnyContext& any, const py::array& x, const Floats& norm, float eps,
                            const std::vector<py::array>& blocks, const std::string& dtype,
-                           const std::vector<std::optional<Floats>>& biases) {
+                           const std::vector<std::optional<Floats>>& biases,
+                           const std::string& layout) {
   const MutTensorView source = float_view(x);
-  const Weight weight = weight_of(blocks, biases);
+  const Repacked repacked = in_layout(any, weight_of(blocks, biases), layout);
+  const Weight& weight = repacked.weight;
   if (norm.size() != source.cols) refuse("norm is not as long as a row of x");
   if (weight.outputs() % 2 != 0) refuse("the weight has an odd number of rows");
   const py::array normalized = make(named(dtype), source.rows, source.cols);
-  const DType product = on_cpu(any) ? DType::kFloat32 : named(dtype);
-  const py::array gate_up = make(product, source.rows, weight.outputs());
+  const std::int64_t gate_up_rows = on_cpu(any) ? 0 : source.rows;
+  const py::array gate_up = make(named(dtype), gate_up_rows, weight.outputs());
   py::array out = make(named(dtype), source.rows, weight.outputs() / 2);
   run(any, [&](const auto& ctx, auto& operands) {
     norm_swiglu(ctx, operands.read(source), operands.read(span_of(norm)).data(), eps,
@@ -568,7 +570,7 @@ void bind_ops(py::module_& module) {
           py::arg("out_dtype") = "float32");
   ops.def("norm_swiglu", &bind_norm_swiglu, py::arg("ctx"), py::arg("x"), py::arg("norm"),
           py::arg("eps"), py::arg("blocks"), py::arg("dtype") = "float32",
-          py::arg("biases") = std::vector<std::optional<Floats>>());
+          py::arg("biases") = std::vector<std::optional<Floats>>(), py::arg("layout") = "rows");
 #if defined(TINYVLLM_HAS_CUDA)
   ops.def("matmul_by_plan", &bind_matmul_by_plan, py::arg("ctx"), py::arg("plan"), py::arg("use"),
           py::arg("x"), py::arg("blocks"), py::arg("biases") = std::vector<std::optional<Floats>>(),

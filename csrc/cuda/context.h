@@ -55,6 +55,9 @@ class CudaContext {
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType compute) const { return compute; }
 
+  // For how many of a batch's tokens norm_swiglu wants memory for gate and up.
+  static std::int64_t gate_up_rows(std::int64_t num_tokens) { return num_tokens; }
+
   // CUDA keeps the current device for each thread: a thread other than the one that made the context
   // calls this before it uses the context or allocates for it.
   void activate() const;

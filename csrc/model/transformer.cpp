@@ -35,7 +35,8 @@ Transformer<Context>::Transformer(const Context& ctx, const ModelConfig& config,
       qkv_(ctx, ctx.product_dtype(weights_.compute), max_tokens,
            (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
       attention_(ctx, weights_.compute, max_tokens, config.num_heads * config.head_dim),
-      gate_up_(ctx, ctx.product_dtype(weights_.compute), max_tokens, 2 * config.intermediate_size),
+      gate_up_(ctx, ctx.product_dtype(weights_.compute), ctx.gate_up_rows(max_tokens),
+               2 * config.intermediate_size),
       activated_(ctx, weights_.compute, max_tokens, config.intermediate_size),
       last_attention_(ctx, weights_.compute, max_logit_rows, config.num_heads * config.head_dim),
       last_residual_(ctx, DType::kFloat32, max_logit_rows, config.hidden_size),
@@ -65,6 +66,7 @@ struct PlannedContext {
     return on_gpu ? cols : CpuContext::operand_stride(dtype, cols);
   }
   DType product_dtype(DType compute) const { return on_gpu ? compute : DType::kFloat32; }
+  std::int64_t gate_up_rows(std::int64_t num_tokens) const { return on_gpu ? num_tokens : 0; }
 };
 
 }  // namespace
@@ -111,7 +113,7 @@ void Transformer<Context>::run_layers(const Batch<Sequences>& batch, const KvCac
   MutTensorView residual = first_rows(residual_.view, num_tokens);
   MutTensorView normalized = first_rows(normalized_.view, num_tokens);
   MutTensorView attention = first_rows(attention_.view, num_tokens);
-  MutTensorView gate_up = first_rows(gate_up_.view, num_tokens);
+  MutTensorView gate_up = first_rows(gate_up_.view, ctx_.gate_up_rows(num_tokens));
   MutTensorView activated = first_rows(activated_.view, num_tokens);
   const MutTensorView cos_sin = first_rows(cos_sin_.view, num_tokens);
   const MutTensorView qkv = first_rows(qkv_.view, num_tokens);
@@ -137,7 +139,7 @@ void Transformer<Context>::run_layers(const Batch<Sequences>& batch, const KvCac
       attention = first_rows(last_attention_.view, num_rows);
       residual = first_rows(last_residual_.view, num_rows);
       normalized = first_rows(normalized, num_rows);
-      gate_up = first_rows(gate_up, num_rows);
+      gate_up = first_rows(gate_up, ctx_.gate_up_rows(num_rows));
       activated = first_rows(activated, num_rows);
     }
     matmul_add(ctx_, attention, layer.attention_output, residual);

@@ -102,7 +102,7 @@ class Transformer {
   Buffer cos_sin_;           // [max_tokens, head_dim]                             float32
   Buffer qkv_;               // [max_tokens, (num_heads + 2 num_kv_heads) * head_dim]  product
   Operand attention_;        // [max_tokens, num_heads * head_dim]                 compute
-  Buffer gate_up_;           // [max_tokens, 2 intermediate]                       product
+  Buffer gate_up_;           // [gate_up_rows(max_tokens), 2 intermediate]         product
   Operand activated_;        // [max_tokens, intermediate]                         compute
   Operand last_attention_;   // [max_logit_rows, num_heads * head_dim]             compute
   Buffer last_residual_;     // [max_logit_rows, hidden]                           float32

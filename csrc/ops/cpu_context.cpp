@@ -69,6 +69,7 @@ CpuContext::CpuContext(int num_threads, const std::string& isa)
       pool_(num_threads == 0 ? default_num_threads() : num_threads) {}
 
 Memory CpuContext::allocate(std::size_t bytes, const char* purpose) const {
+  if (bytes == 0) return {};  // of which mmap makes an error
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {

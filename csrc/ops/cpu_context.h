@@ -41,6 +41,9 @@ class CpuContext {
   // What matmul writes where its result is neither logits nor added to the residual stream.
   DType product_dtype(DType /*compute*/) const { return DType::kFloat32; }
 
+  // For how many of a batch's tokens norm_swiglu wants memory for gate and up.
+  static std::int64_t gate_up_rows(std::int64_t /*num_tokens*/) { return 0; }
+
   // See ThreadPool::parallel_for.
   template <typename F>
   void parallel_for(std::int64_t count, F&& f) const {

@@ -50,6 +50,13 @@ void matmul(const CudaContext& ctx, TensorView x, const Weight& weight, MutTenso
 void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
                    MutTensorView maxima);
 
+// out = silu(gate) * up  with  [gate, up] = x W^T + b, as silu_mul.h has it, of which only parts are
+// ever in memory.
+//
+//   weight  two row blocks, gate and up
+//   out     [num_rows, rows of gate]  float32 or bfloat16
+void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
+
 // residual[m, n] += (x W^T + b)[m, n]: what a branch of a layer does at its end. float32; the sum of
 // products is complete before it is added.
 void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual);

@@ -18,6 +18,10 @@ constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 // How `rows` outputs of a row block are cut into strips: `count` of them, the last one shorter.
 struct Strips {
   std::int64_t count, outputs;
+
+  std::int64_t size(std::int64_t strip, std::int64_t rows) const {
+    return std::min(outputs, rows - strip * outputs);
+  }
 };
 
 Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs, std::int64_t multiple) {
@@ -35,90 +39,116 @@ struct Product {
   void (*pack)(const PackShare&) = nullptr;
 };
 
-// What the shares of a product read and work in: x as they want it, and memory of each thread's own.
-template <typename X>
-struct Operand {
-  const X* x;
-  float* scratch;
-
-  float* of(int worker) const {
-    return scratch == nullptr ? nullptr : scratch + worker * kMatmulScratch;
-  }
-};
-
-Operand<BFloat16> pack(const CpuContext& ctx, TensorView x, void (*pack_piece)(const PackShare&)) {
-  const auto scratch = static_cast<std::size_t>(ctx.num_threads() * kMatmulScratch) * sizeof(float);
-  const std::int64_t elements = packed_elements(x.rows, x.cols);
-  std::byte* memory = ctx.scratch(scratch + static_cast<std::size_t>(elements) * sizeof(BFloat16));
-  auto* packed = reinterpret_cast<BFloat16*>(memory + scratch);
-  ctx.parallel_for(packed_pieces(x.rows, x.cols), [&](std::int64_t piece, int) {
-    pack_piece({x.row<BFloat16>(0), x.row_stride, x.rows, x.cols, piece, packed});
-  });
-  return {packed, reinterpret_cast<float*>(memory)};
-}
-
-// What becomes of the sums of products.
+// Where sums of products go: rows of floats.
 struct Target {
-  MutTensorView out;
+  float* first;
+  std::int64_t stride;
   bool accumulate = false;
-  const MutTensorView* maxima = nullptr;  // of logits
 };
 
+// One product: its x as the kernel wants it, and memory of each thread's own.
 template <typename X, typename W>
-void multiply_strips(const CpuContext& ctx, TensorView x, const Weight& weight, Target target,
-                     Product<X, W> product) {
-  const bool panels = weight.layout == WeightLayout::kPanels;
-  const std::int64_t multiple = target.maxima            ? kLogitBlock
-                                : panels || product.pack ? kPanelOutputs
-                                                         : kTileOutputs;
-  const std::int64_t depth = panels ? panel_depth(weight.dtype, weight.depth) : weight.depth;
-  const std::int64_t by_bytes = kStripBytes / (depth * static_cast<std::int64_t>(sizeof(W)) + 1);
-  const std::int64_t by_threads = weight.outputs() / (kStripsPerThread * ctx.num_threads());
-  std::int64_t most_outputs = std::min(by_bytes, by_threads);
-  Operand<X> operand = {x.row<X>(0), nullptr};
-  if constexpr (std::is_same_v<X, BFloat16>) {
-    if (product.pack) {
-      operand = pack(ctx, x, product.pack);
-      most_outputs = std::min(by_threads, kMostPackedOutputs);
+class Multiplication {
+ public:
+  Multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, Product<X, W> product)
+      : ctx_(ctx), x_(x), weight_(weight), product_(product), x_operand_(x.row<X>(0)) {}
+
+  // Cuts each row block into strips of up to so many outputs, or as many as are good for a product.
+  std::array<Strips, 3> cut(std::int64_t most = kMostPackedOutputs,
+                            std::int64_t multiple = 1) const {
+    const bool panels = weight_.layout == WeightLayout::kPanels;
+    multiple = std::max(multiple, panels || product_.pack ? kPanelOutputs : kTileOutputs);
+    const std::int64_t row_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
+    const std::int64_t by_bytes = product_.pack ? most : kStripBytes / (row_bytes + 1);
+    const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
+    most = std::max(multiple, std::min({most, by_bytes, by_threads}));
+    std::array<Strips, 3> strips;
+    for (std::size_t i = 0; i < strips.size(); ++i) {
+      strips[i] = cut_into_strips(weight_.blocks[i].rows, most, multiple);
+    }
+    return strips;
+  }
+
+  // Before the first product: takes the memory, `floats` of each thread's own for the caller, and
+  // packs x.
+  void prepare(std::int64_t floats = 0) {
+    kernel_floats_ = product_.pack ? kMatmulScratch : 0;
+    thread_floats_ = kernel_floats_ + floats;
+    const std::int64_t packed = product_.pack ? packed_elements(x_.rows, x_.cols) : 0;
+    const auto bytes =
+        static_cast<std::size_t>(ctx_.num_threads() * thread_floats_) * sizeof(float);
+    std::byte* memory = ctx_.scratch(bytes + static_cast<std::size_t>(packed) * sizeof(X));
+    memory_ = reinterpret_cast<float*>(memory);
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      if (product_.pack == nullptr) return;
+      auto* operand = reinterpret_cast<BFloat16*>(memory + bytes);
+      ctx_.parallel_for(packed_pieces(x_.rows, x_.cols), [&](std::int64_t piece, int) {
+        product_.pack({x_.row<X>(0), x_.row_stride, x_.rows, x_.cols, piece, operand});
+      });
+      x_operand_ = operand;
     }
   }
-  most_outputs = std::max(multiple, most_outputs);
-  std::array<Strips, 3> strips;
-  for (std::size_t i = 0; i < strips.size(); ++i) {
-    strips[i] = cut_into_strips(weight.blocks[i].rows, most_outputs, multiple);
+
+  float* floats_of(int worker) const { return memory_ + worker * thread_floats_ + kernel_floats_; }
+
+  // Outputs n to n + num_outputs of a row block, for all rows of x.
+  void multiply(const RowBlock& block, std::int64_t n, std::int64_t num_outputs, Target target,
+                int worker) const {
+    product_.multiply(
+        {.x = x_operand_,
+         .x_stride = x_.row_stride,
+         .weight = static_cast<const W*>(block.data) + n * stored_depth(),
+         .bias = block.bias == nullptr ? nullptr : block.bias + n,
+         .out = target.first,
+         .out_stride = target.stride,
+         .accumulate = target.accumulate,
+         .num_rows = x_.rows,
+         .num_outputs = num_outputs,
+         .depth = weight_.depth,
+         .scratch = kernel_floats_ == 0 ? nullptr : memory_ + worker * thread_floats_});
   }
-  ctx.parallel_for(
-      strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
-        std::int64_t first_output = 0;
-        std::size_t i = 0;
-        for (; strip >= strips[i].count; ++i) {
-          strip -= strips[i].count;
-          first_output += weight.blocks[i].rows;
-        }
-        const RowBlock& block = weight.blocks[i];
-        const std::int64_t n = strip * strips[i].outputs;
-        const std::int64_t num_outputs = std::min(strips[i].outputs, block.rows - n);
-        product.multiply({.x = operand.x,
-                          .x_stride = x.row_stride,
-                          .weight = static_cast<const W*>(block.data) + n * depth,
-                          .bias = block.bias == nullptr ? nullptr : block.bias + n,
-                          .out = target.out.row<float>(0) + first_output + n,
-                          .out_stride = target.out.row_stride,
-                          .accumulate = target.accumulate,
-                          .num_rows = x.rows,
-                          .num_outputs = num_outputs,
-                          .depth = weight.depth,
-                          .scratch = operand.of(worker)});
-        if (target.maxima == nullptr) return;
-        for (std::int64_t row = 0; row < x.rows; ++row) {
-          logit_maxima(ctx, {target.out.row<float>(row) + n, static_cast<std::size_t>(num_outputs)},
-                       target.maxima->row<float>(row) + n / kLogitBlock);
-        }
-      });
+
+ private:
+  std::int64_t stored_depth() const {
+    const bool panels = weight_.layout == WeightLayout::kPanels;
+    return panels ? panel_depth(weight_.dtype, weight_.depth) : weight_.depth;
+  }
+
+  const CpuContext& ctx_;
+  const TensorView x_;
+  const Weight& weight_;
+  const Product<X, W> product_;
+  const X* x_operand_;
+  float* memory_ = nullptr;  // of each thread: for the kernel, then for the caller
+  std::int64_t kernel_floats_ = 0, thread_floats_ = 0;
+};
+
+// Calls f with the Multiplication of these dtypes and this layout.
+template <typename F>
+void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, F&& f) {
+  const Kernels& kernels = ctx.kernels();
+  const bool panels = weight.layout == WeightLayout::kPanels;
+  if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
+    const Product<BFloat16, BFloat16> rows_product = {kernels.matmul_bf16_bf16, kernels.pack_x};
+    const Product<BFloat16, BFloat16> panels_product = {kernels.matmul_panels_bf16_bf16,
+                                                        kernels.pack_x_for_panels};
+    f(Multiplication(ctx, x, weight, panels ? panels_product : rows_product));
+  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
+    f(Multiplication<float, BFloat16>(
+        ctx, x, weight, {panels ? kernels.matmul_panels_f32_bf16 : kernels.matmul_f32_bf16}));
+  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
+    f(Multiplication<float, float>(
+        ctx, x, weight, {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32}));
+  } else {
+    throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
+                std::string(name_of(weight.dtype)) +
+                " is not a supported pair of dtypes; convert one of them.");
+  }
 }
 
-void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, Target target) {
-  const MutTensorView& out = target.out;
+// maxima: of logits, or null.
+void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
+              bool accumulate, const MutTensorView* maxima = nullptr) {
   if (x.cols != weight.depth || out.cols != weight.outputs() || out.rows != x.rows ||
       out.dtype != DType::kFloat32) {
     throw Error("matmul: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
@@ -128,31 +158,36 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, Target 
                 " do not fit; out is float32 [rows of x, outputs of weight].");
   }
   if (x.rows == 0) return;
-  const Kernels& kernels = ctx.kernels();
-  const bool panels = weight.layout == WeightLayout::kPanels;
-  if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    const Product<BFloat16, BFloat16> rows_product = {kernels.matmul_bf16_bf16, kernels.pack_x};
-    const Product<BFloat16, BFloat16> panels_product = {kernels.matmul_panels_bf16_bf16,
-                                                        kernels.pack_x_for_panels};
-    multiply_strips(ctx, x, weight, target, panels ? panels_product : rows_product);
-  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    multiply_strips<float, BFloat16>(
-        ctx, x, weight, target,
-        {panels ? kernels.matmul_panels_f32_bf16 : kernels.matmul_f32_bf16});
-  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    multiply_strips<float, float>(
-        ctx, x, weight, target, {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32});
-  } else {
-    throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
-                std::string(name_of(weight.dtype)) +
-                " is not a supported pair of dtypes; convert one of them.");
-  }
+  with_multiplication(ctx, x, weight, [&](auto multiplication) {
+    multiplication.prepare();
+    const std::array<Strips, 3> strips =
+        multiplication.cut(kMostPackedOutputs, maxima ? kLogitBlock : 1);
+    ctx.parallel_for(
+        strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
+          std::int64_t first_output = 0;
+          std::size_t i = 0;
+          for (; strip >= strips[i].count; ++i) {
+            strip -= strips[i].count;
+            first_output += weight.blocks[i].rows;
+          }
+          const std::int64_t n = strip * strips[i].outputs;
+          const std::int64_t num_outputs = strips[i].size(strip, weight.blocks[i].rows);
+          multiplication.multiply(
+              weight.blocks[i], n, num_outputs,
+              {out.row<float>(0) + first_output + n, out.row_stride, accumulate}, worker);
+          if (maxima == nullptr) return;
+          for (std::int64_t row = 0; row < x.rows; ++row) {
+            logit_maxima(ctx, {out.row<float>(row) + n, static_cast<std::size_t>(num_outputs)},
+                         maxima->row<float>(row) + n / kLogitBlock);
+          }
+        });
+  });
 }
 
 }  // namespace
 
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
-  multiply(ctx, x, weight, {.out = out});
+  multiply(ctx, x, weight, out, false);
 }
 
 void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
@@ -163,11 +198,50 @@ void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
                 ", " + std::to_string(logit_blocks(out.cols)) + "], not [" +
                 std::to_string(maxima.rows) + ", " + std::to_string(maxima.cols) + "].");
   }
-  multiply(ctx, x, weight, {.out = out, .maxima = &maxima});
+  multiply(ctx, x, weight, out, false, &maxima);
 }
 
 void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
-  multiply(ctx, x, weight, {.out = residual, .accumulate = true});
+  multiply(ctx, x, weight, residual, true);
+}
+
+// A strip of gate and the strip of up beside it are activated while they are in the cache. They are
+// so narrow that they find room there beside x, or, where x has none itself, as wide as can be, so
+// that it is read less often.
+void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
+  const std::array<RowBlock, 3>& blocks = weight.blocks;
+  if (x.cols != weight.depth || out.rows != x.rows || blocks[0].rows != out.cols ||
+      blocks[1].rows != out.cols || blocks[2].rows != 0) {
+    throw Error("matmul_swiglu: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
+                "], gate [" + std::to_string(blocks[0].rows) + ", " + std::to_string(weight.depth) +
+                "], up [" + std::to_string(blocks[1].rows) + ", " + std::to_string(weight.depth) +
+                "], out [" + std::to_string(out.rows) + ", " + std::to_string(out.cols) +
+                "] do not fit; out is [rows of x, rows of gate and up].");
+  }
+  if (x.rows == 0) return;
+  constexpr std::int64_t kCachedFloats = 64 * 1024;
+  const bool cached = x.rows * x.cols <= kCachedOperand;
+  const std::int64_t most = cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs;
+  with_multiplication(ctx, x, weight, [&](auto multiplication) {
+    const Strips strips = multiplication.cut(std::min(most, kMostPackedOutputs))[0];
+    const std::int64_t stride = CpuContext::operand_stride(DType::kFloat32, 2 * strips.outputs);
+    multiplication.prepare(x.rows * stride);
+    ctx.parallel_for(strips.count, [&](std::int64_t strip, int worker) {
+      const std::int64_t n = strip * strips.outputs;
+      const std::int64_t num_outputs = strips.size(strip, out.cols);
+      float* gate = multiplication.floats_of(worker);
+      float* up = gate + num_outputs;
+      multiplication.multiply(blocks[0], n, num_outputs, {gate, stride}, worker);
+      multiplication.multiply(blocks[1], n, num_outputs, {up, stride}, worker);
+      for (std::int64_t row = 0; row < x.rows; ++row, gate += stride, up += stride) {
+        if (out.dtype == DType::kFloat32) {
+          ctx.kernels().silu_mul_f32(gate, up, num_outputs, out.row<float>(row) + n);
+        } else {
+          ctx.kernels().silu_mul_bf16(gate, up, num_outputs, out.row<BFloat16>(row) + n);
+        }
+      }
+    });
+  });
 }
 
 }  // namespace tinyvllm

@@ -37,8 +37,8 @@ void norm_logits(const CudaContext& ctx, TensorView x, const float* norm, float 
 
 // out = silu(gate) * up  with  [gate, up] = rms_norm(x) W^T + b
 //
-//   weight   [2 intermediate, hidden]      gate above up
-//   gate_up  [num_tokens, 2 intermediate]  working space, what matmul writes
+//   weight   [2 intermediate, hidden]      gate above up; on the CPU a row block each
+//   gate_up  [num_tokens, 2 intermediate]  working space, what matmul writes; the CPU takes none
 //   out      [num_tokens, intermediate]    float32 or bfloat16, what the next matmul reads
 void norm_swiglu(const CpuContext& ctx, TensorView x, const float* norm, float eps,
                  const Weight& weight, MutTensorView normalized, MutTensorView gate_up,

@@ -1,6 +1,5 @@
 #include "ops/norm_matmul.h"
 #include "ops/rms_norm.h"
-#include "ops/silu_mul.h"
 
 namespace tinyvllm {
 
@@ -18,10 +17,10 @@ void norm_logits(const CpuContext& ctx, TensorView x, const float* norm, float e
 }
 
 void norm_swiglu(const CpuContext& ctx, TensorView x, const float* norm, float eps,
-                 const Weight& weight, MutTensorView normalized, MutTensorView gate_up,
+                 const Weight& weight, MutTensorView normalized, MutTensorView /*gate_up*/,
                  MutTensorView out) {
-  norm_matmul(ctx, x, norm, eps, weight, normalized, gate_up);
-  silu_mul(ctx, gate_up, out);
+  rms_norm(ctx, x, norm, eps, normalized);
+  matmul_swiglu(ctx, normalized, weight, out);
 }
 
 }  // namespace tinyvllm

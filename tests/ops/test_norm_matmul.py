@@ -9,6 +9,7 @@ import pytest
 
 from numeric import Array, cast, relative_error, same_bits, widen
 from tinyvllm import _core
+from tinyvllm.errors import TinyvllmError
 
 ops = _core.ops
 
@@ -90,13 +91,34 @@ def test_matmul_add_adds_the_product_to_the_residual(
 
 
 @pairs
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "depth"),
+    # Strips of one size and of another, whole and not; the last x has no room in the cache.
+    [(7, 29, 77), (1, 300, 40), (33, 530, 64), (330, 200, 96), (600, 330, 900)],
+)
 def test_on_the_cpu_the_fused_ops_are_the_separate_ones_bit_for_bit(
-    cpu_device: Any, rng: np.random.Generator, dtype: str, w_dtype: str
+    cpu_device: Any,
+    rng: np.random.Generator,
+    dtype: str,
+    w_dtype: str,
+    tokens: int,
+    outputs: int,
+    depth: int,
 ) -> None:
-    x = cast(rng.standard_normal((7, 77)), "float32")
-    norm = cast(rng.standard_normal(77), "float32")
-    weight = cast(rng.standard_normal((58, 77)), w_dtype)
-    product = ops.matmul(cpu_device, ops.rms_norm(cpu_device, x, norm, 1e-5, dtype), [weight])
-    assert same_bits(ops.norm_matmul(cpu_device, x, norm, 1e-5, [weight], dtype), product)
-    activated = ops.silu_mul(cpu_device, product, dtype)
-    assert same_bits(ops.norm_swiglu(cpu_device, x, norm, 1e-5, [weight], dtype), activated)
+    x = cast(rng.standard_normal((tokens, depth)), "float32")
+    norm = cast(rng.standard_normal(depth), "float32")
+    blocks = [cast(rng.standard_normal((outputs, depth)), w_dtype) for _ in range(2)]
+    biases = [cast(rng.standard_normal(outputs), "float32") for _ in range(2)]
+    entering = ops.rms_norm(cpu_device, x, norm, 1e-5, dtype)
+    for layout in ["panels", "rows"]:
+        product = ops.matmul(cpu_device, entering, blocks, biases, layout=layout)
+        activated = ops.silu_mul(cpu_device, product, dtype)
+        got = ops.norm_swiglu(cpu_device, x, norm, 1e-5, blocks, dtype, biases, layout)
+        assert same_bits(got, activated)
+    assert same_bits(ops.norm_matmul(cpu_device, x, norm, 1e-5, blocks, dtype, biases), product)
+
+
+def test_on_the_cpu_gate_and_up_are_a_row_block_each(cpu_device: Any) -> None:
+    x, norm = np.ones((1, 4), np.float32), np.ones(4, np.float32)
+    with pytest.raises(TinyvllmError, match=r"gate \[6, 4\], up \[0, 4\], out \[1, 3\]"):
+        ops.norm_swiglu(cpu_device, x, norm, 1e-5, [np.ones((6, 4), np.float32)])
