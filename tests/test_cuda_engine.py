@@ -94,14 +94,77 @@ def test_a_graph_and_the_same_kernels_without_one_give_the_same_bits(
     np.testing.assert_array_equal(graph, eager)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+# What a draw asks for decides whether it is part of the step's graph: without filters of tokens,
+# logprobs and changes of logits it is.
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.9},
+    "filters": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "logprobs": {"temperature": 0.9, "logprobs": 3},
+    "penalties": {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "bias": {"temperature": 0, "logit_bias": [(7, 5.0)]},
+}
+
+
+def of_one_size(count: int, draw: str) -> list[tuple[list[int], dict[str, Any]]]:
+    """Requests that decode together for three steps, of which three then go on alone."""
+    options = {**DRAWS[draw], "ignore_eos": True}
+    return [
+        (prompt(1, seed), {**options, "seed": seed, "max_tokens": 7 if seed < 3 else 4})
+        for seed in range(count)
+    ]
+
+
+def assert_same_with_and_without_graphs(
+    model: Path, requests: list[tuple[list[int], dict[str, Any]]], **options: Any
+) -> list[Any]:
+    # Blocks of 16, as the kernels for tensor cores ask for.
+    options = {"block_size": 16, "num_blocks": len(requests) + 8, **options}
+    with_graphs = run(model, requests, **options)
+    assert with_graphs == run(model, requests, **options, enforce_eager=True)
+    return with_graphs
+
+
+@pytest.mark.parametrize(
+    ("draw", "count"),
+    [("greedy", count) for count in (1, 2, 3, 4, 5, 8, 9, 16, 17, 64, 65)]
+    + [(draw, count) for draw in DRAWS if draw != "greedy" for count in (2, 9)],
+)
 def test_batches_on_both_sides_of_a_graphs_size_are_the_same_with_and_without_graphs(
-    model: Path, count: int
+    model: Path, draw: str, count: int
 ) -> None:
-    requests = [(prompt(1, seed), {**GREEDY, "max_tokens": 3}) for seed in range(count)]
-    with_graphs = run(model, requests, max_num_seqs=16)
-    assert with_graphs == run(model, requests, max_num_seqs=16, enforce_eager=True)
-    assert with_graphs == run(model, requests, max_num_seqs=16)  # and from run to run
+    requests = of_one_size(count, draw)
+    assert_same_with_and_without_graphs(
+        model, requests, max_num_seqs=count, max_num_batched_tokens=128
+    )
+
+
+def test_draws_in_a_graph_and_beside_it_take_turns(model: Path) -> None:
+    # Seven go on to the end, and beside them one after the other: all are batches padded to 8.
+    draws = ["greedy", "temperature", "greedy"] * 2 + ["temperature"]
+    draws += ["logprobs", "greedy", "penalties", "filters"]
+    requests = [
+        (prompt(1, seed), {**DRAWS[draw], "ignore_eos": True, "seed": seed, "max_tokens": 4})
+        for seed, draw in enumerate(draws)
+    ]
+    for _, params in requests[:7]:
+        params["max_tokens"] = 22
+    assert_same_with_and_without_graphs(model, requests, max_num_seqs=8)
+
+
+def test_the_same_requests_give_the_same_bits_from_run_to_run(model: Path) -> None:
+    requests = of_one_size(5, "logprobs")
+    assert run(model, requests) == run(model, requests)
+
+
+def test_longer_splits_of_a_long_context_have_graphs_of_their_own(tmp_path: Path) -> None:
+    # Of few sequences splits have 256 positions up to a context of 5,120, then 512.
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = {**CONFIG, **one_head, "max_position_embeddings": 6000}
+    write_checkpoint(tmp_path, config, seed=1, dtype="bfloat16", tokenizer=False)
+    requests = [(prompt(5116), {**GREEDY, "max_tokens": 8})]
+    limits = {"max_model_len": 5200, "num_blocks": 325, "max_num_batched_tokens": 5116}
+    assert_same_with_and_without_graphs(tmp_path, requests, **limits)
 
 
 def test_a_sampled_token_goes_on_in_the_next_step_without_the_host(model: Path) -> None:
