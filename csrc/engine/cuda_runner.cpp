@@ -278,7 +278,7 @@ void CudaRunner::abandon() {
   num_collected_ = num_launched_;
   try {
     ctx_.synchronize();
-  } catch (const DeviceError&) {
+  } catch (const Error&) {
     // The error that led here says it already.
   }
 }
