@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import random
 import re
 import subprocess
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cli_process import COMMAND
 from devices import has_cuda
 from engine_driver import Driver
-from tinyvllm import _core
+from tinyvllm import LLM, SamplingParams, _core
 from tinyvllm.dummy import write_checkpoint
 from tinyvllm.errors import CapacityError, InvalidRequestError
 
@@ -309,9 +312,71 @@ def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
     assert rows == ["weights", "KV", "workspace", "free"]
 
 
+@pytest.mark.skipif(_core.cuda_build() != "emulated", reason="the emulator's memory is small")
+def test_weights_that_do_not_fit_say_so_with_the_same_table(tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 2048}  # 7 MB
+    write_checkpoint(tmp_path, {**CONFIG, **wide}, dtype="bfloat16")
+    result = subprocess.run(
+        [*COMMAND, "generate", "-m", str(tmp_path), "-p", "x", "--device", "cuda"],
+        env={**os.environ, "TINYVLLM_EMULATOR_MEMORY": "4"},
+        capture_output=True,
+        text=True,
+    )
+    first, *table = result.stderr.splitlines()
+    assert result.returncode == 4
+    assert "no room for the weights" in first
+    rows = {line.split()[0]: float(line.split("MiB")[0].split()[-1]) for line in table}
+    assert list(rows) == ["weights", "KV", "workspace", "free"]
+    assert rows["weights"] > rows["free"] > 3
+    assert rows["workspace"] > 384  # what is left to the driver
+
+
 def test_a_length_beyond_the_models_is_refused_before_memory_is_taken_for_it(model: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"max_model_len is \d+; .* at most 256"):
         _core.Engine(model, device="cuda", max_model_len=2**62)
+
+
+# --- Memory that comes back ----------------------------------------------------------------------
+
+
+def free_memory() -> int:
+    gc.collect()
+    return _core.cuda_memory()[0]
+
+
+def test_close_gives_all_memory_back(model: Path) -> None:
+    free = []
+    for _ in range(2):  # the driver keeps what it loads for the first one
+        with LLM(model, device="cuda", num_gpu_blocks_override=64, max_num_seqs=4) as llm:
+            params = SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=2)
+            llm.generate([[3, 4, 5], [6]], params, use_tqdm=False)
+            during = free_memory()
+        free.append(free_memory())
+        assert free[-1] > during
+    assert free[1] == free[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks": 2**31 - 1},
+        {"num_blocks": 1, "max_model_len": 128},
+        {"kv_cache_memory_bytes": 1},
+        pytest.param(
+            {"max_num_batched_tokens": 1 << 20},
+            marks=pytest.mark.skipif(_core.cuda_build() != "emulated", reason="fits a real one"),
+        ),
+    ],
+)
+def test_an_engine_that_could_not_be_made_leaves_no_memory_behind(
+    model: Path, options: dict[str, Any]
+) -> None:
+    free = []
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            _core.Engine(model, device="cuda", **options)
+        free.append(free_memory())
+    assert free[1] == free[0]
 
 
 # --- The memory plan ------------------------------------------------------------------------------
