@@ -21,7 +21,7 @@ from devices import has_cuda
 from engine_driver import Driver
 from tinyvllm import LLM, SamplingParams, _core
 from tinyvllm.dummy import write_checkpoint
-from tinyvllm.errors import CapacityError, InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError, UnsupportedModelError
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
 
@@ -334,6 +334,40 @@ def test_weights_that_do_not_fit_say_so_with_the_same_table(tmp_path: Path) -> N
 def test_a_length_beyond_the_models_is_refused_before_memory_is_taken_for_it(model: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"max_model_len is \d+; .* at most 256"):
         _core.Engine(model, device="cuda", max_model_len=2**62)
+
+
+def test_a_context_that_decodes_cannot_merge_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    # 16 query heads take 128 bytes of shared memory a split of 256 positions.
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = {**CONFIG, **heads, "max_position_embeddings": 10_000_000}
+    write_checkpoint(tmp_path, config, seed=1, dtype="bfloat16", tokenizer=False)
+    options: dict[str, Any] = {"device": "cuda", "max_num_seqs": 1, "block_size": 16}
+    with pytest.raises(
+        InvalidRequestError, match=r"max_model_len is 10000000; .*at most"
+    ) as caught:
+        _core.Engine(tmp_path, **options)
+    said = re.search(r"at most (\d+) tokens.* (\d+) bytes of shared memory", str(caught.value))
+    assert said
+    longest, shared_bytes = int(said[1]), int(said[2])
+    assert longest == pytest.approx(shared_bytes / 128 * 256, rel=0.01)
+
+    with pytest.raises(InvalidRequestError, match=f"at most {longest} tokens"):
+        _core.Engine(tmp_path, **options, max_model_len=longest + 1)
+    limits = {"max_model_len": longest, "num_blocks": longest // 16}
+    [(outputs, _)] = run(tmp_path, [(prompt(3), GREEDY)], **options, **limits)
+    assert (len(outputs[0][0]), outputs[0][2]) == (GREEDY["max_tokens"], "length")
+
+
+def test_more_decodes_than_a_launch_takes_are_refused(model: Path) -> None:
+    limits = {"max_num_seqs": 65536, "max_num_batched_tokens": 65536}
+    with pytest.raises(InvalidRequestError, match=r"at most 32768 .* Lower max_num_seqs"):
+        _core.Engine(model, device="cuda", dtype="bfloat16", **limits)
+
+
+def test_a_head_dim_that_no_kernel_takes_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {**CONFIG, "head_dim": 264}, dtype="bfloat16", tokenizer=False)
+    with pytest.raises(UnsupportedModelError, match="head_dim is 264; on CUDA it is at most 256"):
+        _core.Engine(tmp_path, device="cuda")
 
 
 # --- Memory that comes back ----------------------------------------------------------------------
