@@ -120,7 +120,8 @@ format: $(STAMPS)/dev  ## clang-format and ruff, written in place
 # WERROR=ON makes it what lint-warnings is, too: it compiles everything.
 EMULATE := build/emulate
 WERROR ?= OFF
-EMULATE_TESTS = tests/ops tests/test_build.py tests/test_emulator.py $(wildcard tests/test_*cuda*.py)
+EMULATE_TESTS = tests/ops tests/test_build.py tests/test_emulator.py tests/test_golden.py \
+  $(wildcard tests/test_*cuda*.py)
 
 $(EMULATE)/venv/made: requirements-build.txt
 	$(PYTHON) -m venv $(EMULATE)/venv
@@ -134,7 +135,7 @@ emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
 # On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.
-GPU_TESTS := tests/ops tests/test_cuda.py tests/test_cuda_engine.py
+GPU_TESTS := tests/ops tests/test_cuda.py tests/test_cuda_engine.py tests/test_golden.py
 
 # Figures beside other engines: make gpu-report BENCH_ARGS="--peers-python PYTHON".
 gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and the figures of benchmarks/gpu.py

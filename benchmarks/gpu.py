@@ -9,22 +9,27 @@ the script on a machine without a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import results
 import runner
 from runner import Row
 
 _LLAMA, _QWEN, _LLAMA_8B = "llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b"
+_INVARIANT = {"batch-invariant": {"batch_invariant": True}}  # what it costs
 
 
-def _decode(name: str, title: str, model: str, batch: int, context: int, tokens: int) -> Row:
+def _decode(
+    name: str, title: str, model: str, batch: int, context: int, tokens: int, **options: Any
+) -> Row:
     what = f"{title}: decode, batch {batch}, context {context} to {context + tokens}"
-    return Row(name, what, model, "decode", batch, context, tokens)
+    return Row(name, what, model, "decode", batch, context, tokens, **options)
 
 
 ROWS = [
-    _decode("decode", "Llama-3.2-1B", _LLAMA, 1, 128, 128),
+    _decode("decode", "Llama-3.2-1B", _LLAMA, 1, 128, 128, variants=_INVARIANT),
     _decode("decode-8k", "Llama-3.2-1B", _LLAMA, 1, 8192, 128),
-    _decode("decode-32", "Llama-3.2-1B", _LLAMA, 32, 512, 128),
+    _decode("decode-32", "Llama-3.2-1B", _LLAMA, 32, 512, 128, variants=_INVARIANT),
     _decode("decode-256", "Llama-3.2-1B", _LLAMA, 256, 512, 128),
     Row(
         "mix",

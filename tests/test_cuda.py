@@ -65,8 +65,8 @@ def test_a_gpu_that_is_not_there_is_refused_by_number() -> None:
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_what_is_uploaded_comes_back(num_threads: int) -> None:
     rng = np.random.default_rng(7)
-    # Nothing, a byte, less and more than a buffer of 4 MiB, and several of them.
-    sizes = [0, 1, 1000, 4 << 20, (4 << 20) + 1, 13 << 20]
+    # Nothing, a byte, less than a buffer of 2 MiB, just that and a byte more, and several of them.
+    sizes = [0, 1, 1000, 2 << 20, (2 << 20) + 1, 13 << 20]
     arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in sizes]
     back = _core.upload_and_read_back(cuda(), arrays, num_threads)
     assert [array.tobytes() for array in back] == [array.tobytes() for array in arrays]

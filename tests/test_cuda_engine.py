@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import random
 import re
 import subprocess
@@ -14,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cli_process import COMMAND
 from devices import has_cuda
 from engine_driver import Driver
-from tinyvllm import _core
+from tinyvllm import LLM, SamplingParams, _core
 from tinyvllm.dummy import write_checkpoint
-from tinyvllm.errors import CapacityError, InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError, UnsupportedModelError
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
 
@@ -94,14 +97,77 @@ def test_a_graph_and_the_same_kernels_without_one_give_the_same_bits(
     np.testing.assert_array_equal(graph, eager)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+# What a draw asks for decides whether it is part of the step's graph: without filters of tokens,
+# logprobs and changes of logits it is.
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.9},
+    "filters": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "logprobs": {"temperature": 0.9, "logprobs": 3},
+    "penalties": {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "bias": {"temperature": 0, "logit_bias": [(7, 5.0)]},
+}
+
+
+def of_one_size(count: int, draw: str) -> list[tuple[list[int], dict[str, Any]]]:
+    """Requests that decode together for three steps, of which three then go on alone."""
+    options = {**DRAWS[draw], "ignore_eos": True}
+    return [
+        (prompt(1, seed), {**options, "seed": seed, "max_tokens": 7 if seed < 3 else 4})
+        for seed in range(count)
+    ]
+
+
+def assert_same_with_and_without_graphs(
+    model: Path, requests: list[tuple[list[int], dict[str, Any]]], **options: Any
+) -> list[Any]:
+    # Blocks of 16, as the kernels for tensor cores ask for.
+    options = {"block_size": 16, "num_blocks": len(requests) + 8, **options}
+    with_graphs = run(model, requests, **options)
+    assert with_graphs == run(model, requests, **options, enforce_eager=True)
+    return with_graphs
+
+
+@pytest.mark.parametrize(
+    ("draw", "count"),
+    [("greedy", count) for count in (1, 2, 3, 4, 5, 8, 9, 16, 17, 64, 65)]
+    + [(draw, count) for draw in DRAWS if draw != "greedy" for count in (2, 9)],
+)
 def test_batches_on_both_sides_of_a_graphs_size_are_the_same_with_and_without_graphs(
-    model: Path, count: int
+    model: Path, draw: str, count: int
 ) -> None:
-    requests = [(prompt(1, seed), {**GREEDY, "max_tokens": 3}) for seed in range(count)]
-    with_graphs = run(model, requests, max_num_seqs=16)
-    assert with_graphs == run(model, requests, max_num_seqs=16, enforce_eager=True)
-    assert with_graphs == run(model, requests, max_num_seqs=16)  # and from run to run
+    requests = of_one_size(count, draw)
+    assert_same_with_and_without_graphs(
+        model, requests, max_num_seqs=count, max_num_batched_tokens=128
+    )
+
+
+def test_draws_in_a_graph_and_beside_it_take_turns(model: Path) -> None:
+    # Seven go on to the end, and beside them one after the other: all are batches padded to 8.
+    draws = ["greedy", "temperature", "greedy"] * 2 + ["temperature"]
+    draws += ["logprobs", "greedy", "penalties", "filters"]
+    requests = [
+        (prompt(1, seed), {**DRAWS[draw], "ignore_eos": True, "seed": seed, "max_tokens": 4})
+        for seed, draw in enumerate(draws)
+    ]
+    for _, params in requests[:7]:
+        params["max_tokens"] = 22
+    assert_same_with_and_without_graphs(model, requests, max_num_seqs=8)
+
+
+def test_the_same_requests_give_the_same_bits_from_run_to_run(model: Path) -> None:
+    requests = of_one_size(5, "logprobs")
+    assert run(model, requests) == run(model, requests)
+
+
+def test_longer_splits_of_a_long_context_have_graphs_of_their_own(tmp_path: Path) -> None:
+    # Of few sequences splits have 256 positions up to a context of 5,120, then 512.
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = {**CONFIG, **one_head, "max_position_embeddings": 6000}
+    write_checkpoint(tmp_path, config, seed=1, dtype="bfloat16", tokenizer=False)
+    requests = [(prompt(5116), {**GREEDY, "max_tokens": 8})]
+    limits = {"max_model_len": 5200, "num_blocks": 325, "max_num_batched_tokens": 5116}
+    assert_same_with_and_without_graphs(tmp_path, requests, **limits)
 
 
 def test_a_sampled_token_goes_on_in_the_next_step_without_the_host(model: Path) -> None:
@@ -246,9 +312,105 @@ def test_what_does_not_fit_says_so_with_the_numbers(model: Path) -> None:
     assert rows == ["weights", "KV", "workspace", "free"]
 
 
+@pytest.mark.skipif(_core.cuda_build() != "emulated", reason="the emulator's memory is small")
+def test_weights_that_do_not_fit_say_so_with_the_same_table(tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 2048}  # 7 MB
+    write_checkpoint(tmp_path, {**CONFIG, **wide}, dtype="bfloat16")
+    result = subprocess.run(
+        [*COMMAND, "generate", "-m", str(tmp_path), "-p", "x", "--device", "cuda"],
+        env={**os.environ, "TINYVLLM_EMULATOR_MEMORY": "4"},
+        capture_output=True,
+        text=True,
+    )
+    first, *table = result.stderr.splitlines()
+    assert result.returncode == 4
+    assert "no room for the weights" in first
+    rows = {line.split()[0]: float(line.split("MiB")[0].split()[-1]) for line in table}
+    assert list(rows) == ["weights", "KV", "workspace", "free"]
+    assert rows["weights"] > rows["free"] > 3
+    assert rows["workspace"] > 384  # what is left to the driver
+
+
 def test_a_length_beyond_the_models_is_refused_before_memory_is_taken_for_it(model: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"max_model_len is \d+; .* at most 256"):
         _core.Engine(model, device="cuda", max_model_len=2**62)
+
+
+def test_a_context_that_decodes_cannot_merge_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    # 16 query heads take 128 bytes of shared memory a split of 256 positions.
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = {**CONFIG, **heads, "max_position_embeddings": 10_000_000}
+    write_checkpoint(tmp_path, config, seed=1, dtype="bfloat16", tokenizer=False)
+    options: dict[str, Any] = {"device": "cuda", "max_num_seqs": 1, "block_size": 16}
+    with pytest.raises(
+        InvalidRequestError, match=r"max_model_len is 10000000; .*at most"
+    ) as caught:
+        _core.Engine(tmp_path, **options)
+    said = re.search(r"at most (\d+) tokens.* (\d+) bytes of shared memory", str(caught.value))
+    assert said
+    longest, shared_bytes = int(said[1]), int(said[2])
+    assert longest == pytest.approx(shared_bytes / 128 * 256, rel=0.01)
+
+    with pytest.raises(InvalidRequestError, match=f"at most {longest} tokens"):
+        _core.Engine(tmp_path, **options, max_model_len=longest + 1)
+    limits = {"max_model_len": longest, "num_blocks": longest // 16}
+    [(outputs, _)] = run(tmp_path, [(prompt(3), GREEDY)], **options, **limits)
+    assert (len(outputs[0][0]), outputs[0][2]) == (GREEDY["max_tokens"], "length")
+
+
+def test_more_decodes_than_a_launch_takes_are_refused(model: Path) -> None:
+    limits = {"max_num_seqs": 65536, "max_num_batched_tokens": 65536}
+    with pytest.raises(InvalidRequestError, match=r"at most 32768 .* Lower max_num_seqs"):
+        _core.Engine(model, device="cuda", dtype="bfloat16", **limits)
+
+
+def test_a_head_dim_that_no_kernel_takes_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {**CONFIG, "head_dim": 264}, dtype="bfloat16", tokenizer=False)
+    with pytest.raises(UnsupportedModelError, match="head_dim is 264; on CUDA it is at most 256"):
+        _core.Engine(tmp_path, device="cuda")
+
+
+# --- Memory that comes back ----------------------------------------------------------------------
+
+
+def free_memory() -> int:
+    gc.collect()
+    return _core.cuda_memory()[0]
+
+
+def test_close_gives_all_memory_back(model: Path) -> None:
+    free = []
+    for _ in range(2):  # the driver keeps what it loads for the first one
+        with LLM(model, device="cuda", num_gpu_blocks_override=64, max_num_seqs=4) as llm:
+            params = SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=2)
+            llm.generate([[3, 4, 5], [6]], params, use_tqdm=False)
+            during = free_memory()
+        free.append(free_memory())
+        assert free[-1] > during
+    assert free[1] == free[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks": 2**31 - 1},
+        {"num_blocks": 1, "max_model_len": 128},
+        {"kv_cache_memory_bytes": 1},
+        pytest.param(
+            {"max_num_batched_tokens": 1 << 20},
+            marks=pytest.mark.skipif(_core.cuda_build() != "emulated", reason="fits a real one"),
+        ),
+    ],
+)
+def test_an_engine_that_could_not_be_made_leaves_no_memory_behind(
+    model: Path, options: dict[str, Any]
+) -> None:
+    free = []
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            _core.Engine(model, device="cuda", **options)
+        free.append(free_memory())
+    assert free[1] == free[0]
 
 
 # --- The memory plan ------------------------------------------------------------------------------

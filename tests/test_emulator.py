@@ -14,7 +14,7 @@ import pytest
 
 from devices import cuda
 from tinyvllm import _core
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import TinyvllmError
 
 if _core.cuda_build() != "emulated":
     pytest.skip("needs the emulated build (make emulate)", allow_module_level=True)
@@ -52,8 +52,9 @@ def test_a_mistake_makes_the_result_wrong(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_that_no_gpu_would_survive_is_refused_and_named(name: str) -> None:
-    with pytest.raises(DeviceError, match=REFUSED[name]):
+    with pytest.raises(TinyvllmError, match=REFUSED[name]) as caught:
         _core.run_trap(cuda(), name, True)
+    assert caught.value.exit_code == 1  # the device is there
     assert _core.run_trap(cuda(), name, False)  # the device is as good as before
 
 

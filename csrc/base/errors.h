@@ -32,7 +32,7 @@ class CapacityError : public Error {
   using Error::Error;
 };
 
-// The device that was asked for is missing or unusable.
+// The device that was asked for is missing or cannot be used. What fails while it is used is an Error.
 class DeviceError : public Error {
  public:
   using Error::Error;

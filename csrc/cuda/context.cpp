@@ -15,6 +15,13 @@ namespace {
 
 using cuda::check;
 
+// For what is asked of a device before it is used: then it cannot be had.
+void check_device(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw DeviceError("device cuda: " + std::string(what) + ": " +
+                    cuda::sentence(cudaGetErrorString(error)));
+}
+
 // "13.0" for 13000.
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -40,25 +47,25 @@ void open_device(int device, const std::vector<std::string>& library_directories
                            : " (CUDA_VISIBLE_DEVICES is \"" + std::string(visible) + "\")") +
                       ". Make one visible, or use --device cpu.");
   }
-  check(error, "looking for devices");
+  check_device(error, "looking for devices");
   if (device < 0 || device >= count) {
     throw DeviceError("device cuda: there is no GPU " + std::to_string(device) + "; there are " +
                       std::to_string(count) + ", counted from 0.");
   }
   const std::jthread opening(
       [&library_directories] { cuda::CublasLt::open_early(library_directories); });
-  check(cudaSetDevice(device), "choosing the device");
+  check_device(cudaSetDevice(device), "choosing the device");
 }
 
 int attribute_of(int device, cudaDeviceAttr attribute) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device attribute");
+  check_device(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device attribute");
   return value;
 }
 
 std::string name_of_card(int device) {
   cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, device), "asking for the card's name");
+  check_device(cudaGetDeviceProperties(&properties, device), "asking for the card's name");
   return properties.name;
 }
 

@@ -62,7 +62,7 @@ class CudaContext {
   // calls this before it uses the context or allocates for it.
   void activate() const;
 
-  // Waits for everything queued so far. Throws DeviceError for what failed in it.
+  // Waits for everything queued so far. Throws Error for what failed in it.
   void synchronize() const;
 
   // Scratch memory for one op, aligned to 256, with anything in it: from here to the end of the op's

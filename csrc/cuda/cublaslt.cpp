@@ -21,8 +21,7 @@ const std::string kLibrary = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR
 
 void check(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw DeviceError("cuda: cuBLASLt, " + std::string(what) + ": status " + std::to_string(status) +
-                    ".");
+  throw Error("cuda: cuBLASLt, " + std::string(what) + ": status " + std::to_string(status) + ".");
 }
 
 // Opens the library in one of the directories or where the system looks; null: it is nowhere, and
@@ -168,11 +167,11 @@ struct CublasLt::State {
       if (results[i].state == CUBLAS_STATUS_SUCCESS) made.algorithms.push_back(results[i].algo);
     }
     if (made.algorithms.empty()) {
-      throw DeviceError("cuda: cuBLASLt has no algorithm for [" + std::to_string(p.rows) + ", " +
-                        std::to_string(p.depth) + "] x [" + std::to_string(p.outputs) + ", " +
-                        std::to_string(p.depth) + "], " + std::string(name_of(p.dtype)) + " to " +
-                        std::string(name_of(p.out_dtype)) +
-                        ". Rows of 16-bit elements have to begin at multiples of 16 bytes.");
+      throw Error("cuda: cuBLASLt has no algorithm for [" + std::to_string(p.rows) + ", " +
+                  std::to_string(p.depth) + "] x [" + std::to_string(p.outputs) + ", " +
+                  std::to_string(p.depth) + "], " + std::string(name_of(p.dtype)) + " to " +
+                  std::string(name_of(p.out_dtype)) +
+                  ". Rows of 16-bit elements have to begin at multiples of 16 bytes.");
     }
     return plans.emplace(key, std::move(made)).first->second;
   }

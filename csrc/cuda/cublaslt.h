@@ -51,7 +51,7 @@ class CublasLt {
   std::string version() const;  // "13.10.0", or "emulated"
 
   // The library proposes algorithms for a shape, best first by its own estimate, without any timing.
-  // At most kMaxAlgorithms are asked for. Throws DeviceError if there is none.
+  // At most kMaxAlgorithms are asked for. Throws Error if there is none.
   static constexpr int kMaxAlgorithms = 16;
   int num_algorithms(const Product& product) const;
 

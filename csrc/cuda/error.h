@@ -14,10 +14,11 @@ inline std::string sentence(const std::string& text) {
   return text.ends_with('.') ? text : text + ".";
 }
 
-// Throws DeviceError "cuda: WHAT: CUDA's own words." unless `error` is cudaSuccess.
+// Throws Error "cuda: WHAT: CUDA's own words." unless `error` is cudaSuccess: a device that is there
+// and fails is not DeviceError, that of one which cannot be had.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw DeviceError("cuda: " + std::string(what) + ": " + sentence(cudaGetErrorString(error)));
+  throw Error("cuda: " + std::string(what) + ": " + sentence(cudaGetErrorString(error)));
 }
 
 }  // namespace tinyvllm::cuda

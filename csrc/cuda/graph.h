@@ -14,7 +14,7 @@ class Graph {
  public:
   // Records what `queue()` puts into the context's stream, without running it. It may neither
   // allocate nor free device memory nor wait; the context's workspace is reserved before. Throws
-  // DeviceError, and whatever queue() throws.
+  // Error, and whatever queue() throws.
   template <typename F>
   Graph(const CudaContext& ctx, F&& queue) {
     const Recording recording(ctx);

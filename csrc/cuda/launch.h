@@ -23,7 +23,7 @@ struct LaunchShape {
   bool overlaps_previous = false;
 };
 
-// Throws DeviceError with the name of the kernel, the shape and CUDA's own words. A grid without
+// Throws Error with the name of the kernel, the shape and CUDA's own words. A grid without
 // blocks is nothing to do.
 //
 //   launch(ctx, "rms_norm", {.grid = rows, .block = 256}, rms_norm_kernel<BFloat16>, x, weight, ...);
@@ -66,9 +66,9 @@ void launch(const CudaContext& ctx, const char* name, const LaunchShape& shape,
     const auto text = [](dim3 d) {
       return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
     };
-    throw DeviceError("cuda: kernel " + std::string(name) + ", grid " + text(shape.grid) +
-                      ", block " + text(shape.block) + ", " + std::to_string(shape.shared_bytes) +
-                      " bytes of shared memory: " + sentence(cudaGetErrorString(error)));
+    throw Error("cuda: kernel " + std::string(name) + ", grid " + text(shape.grid) + ", block " +
+                text(shape.block) + ", " + std::to_string(shape.shared_bytes) +
+                " bytes of shared memory: " + sentence(cudaGetErrorString(error)));
   }
 }
 

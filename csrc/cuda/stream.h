@@ -9,7 +9,7 @@ namespace tinyvllm::cuda {
 
 class Stream {
  public:
-  Stream();  // throws DeviceError
+  Stream();  // throws Error
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -24,7 +24,7 @@ class Stream {
 // A point in a stream: all that was queued before record().
 class Event {
  public:
-  Event();  // throws DeviceError
+  Event();  // throws Error
   ~Event();
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;

@@ -18,7 +18,7 @@ struct Upload {
   std::size_t bytes;
 };
 
-// Returns when all is there. Throws CapacityError for the pinned buffers, and DeviceError.
+// Returns when all is there. Throws CapacityError for the pinned buffers, and Error.
 void upload(const CudaContext& ctx, std::span<const Upload> pieces, int num_threads);
 
 }  // namespace tinyvllm::cuda

@@ -12,9 +12,23 @@
 #include "model/cuda_weights.h"
 #include "ops/block_tables.h"
 #include "ops/host_copy.h"
+#include "ops/paged_attention.h"
 
 namespace tinyvllm {
 namespace {
+
+// What the kernels could not do on this card is refused before anything is taken of its memory.
+void check_kernels(const CudaContext& ctx, const ModelConfig& model, const CudaOptions& options) {
+  const KvShape kv{.num_layers = model.num_layers,
+                   .num_blocks = 1,
+                   .block_size = options.step.block_size,
+                   .num_kv_heads = model.num_kv_heads,
+                   .head_dim = model.head_dim,
+                   .dtype = options.compute};
+  check_attention(ctx, kv, model.num_heads,
+                  options.batch_invariant ? 0 : padded_batch_size(options.step.max_sequences),
+                  options.step.max_model_len);
+}
 
 // The weights, through the host: what has to be converted is converted there.
 Weights weights_on(const CudaContext& ctx, const Checkpoint& checkpoint, DType compute) {
@@ -29,7 +43,9 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
     : options_(options),
       eos_token_ids_(std::move(eos_token_ids)),
       ctx_(0, options.batch_invariant, options.library_directories),
-      model_(ctx_, checkpoint.config(), weights_on(ctx_, checkpoint, options.compute),
+      model_(ctx_, checkpoint.config(),
+             (check_kernels(ctx_, checkpoint.config(), options),
+              weights_on(ctx_, checkpoint, options.compute)),
              batch_limits(options.step, true).max_tokens,
              batch_limits(options.step, true).max_logit_rows),
       arrays_(ctx_, copies_, options.step, checkpoint.config(), options.batch_invariant),
@@ -278,7 +294,7 @@ void CudaRunner::abandon() {
   num_collected_ = num_launched_;
   try {
     ctx_.synchronize();
-  } catch (const DeviceError&) {
+  } catch (const Error&) {
     // The error that led here says it already.
   }
 }

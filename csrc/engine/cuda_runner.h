@@ -42,7 +42,8 @@ struct CudaOptions {
 
 class CudaRunner : public Runner {
  public:
-  // Uploads the weights. Throws DeviceError, and CapacityError where they do not fit.
+  // Uploads the weights. Throws DeviceError, CapacityError where they do not fit, and what
+  // check_attention() throws.
   CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
              std::vector<std::int32_t> eos_token_ids);
 

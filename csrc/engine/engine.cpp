@@ -165,7 +165,7 @@ KvShape Engine::make_kv_cache() const {
 }
 
 std::string Engine::memory_table() const {
-  return tinyvllm::memory_table(checkpoint_, runner_->info().compute, runner_.get());
+  return tinyvllm::memory_table(checkpoint_, runner_->info().compute, runner_->memory_use());
 }
 
 std::int64_t Engine::choose_max_model_len() const {

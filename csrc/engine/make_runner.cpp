@@ -1,12 +1,15 @@
 #include "engine/make_runner.h"
 
-#include <algorithm>
+#include <string>
 #include <utility>
 
 #include "base/errors.h"
+#include "base/host.h"
 #include "engine/cpu_runner.h"
+#include "engine/memory_sizes.h"
 #include "engine/memory_table.h"
 #if defined(TINYVLLM_HAS_CUDA)
+#include "cuda/memory.h"
 #include "engine/cuda_runner.h"
 #endif
 
@@ -16,6 +19,21 @@ namespace {
 DType compute_dtype(const EngineConfig& config, const Checkpoint& checkpoint) {
   if (config.dtype) return *config.dtype;
   return checkpoint.dtype() == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+}
+
+// Where the device gave out before there was a runner: what that would have taken, and what is free
+// without it.
+std::string table(const Checkpoint& checkpoint, const StepLimits& step, DType compute,
+                  bool on_gpu) {
+  MemoryUse use{.workspace = step_memory_bytes(step, checkpoint.config(), on_gpu, compute),
+                .free = available_memory()};
+#if defined(TINYVLLM_HAS_CUDA)
+  if (on_gpu) {
+    use.workspace += kGpuReserveBytes;
+    use.free = static_cast<std::int64_t>(cuda::memory_info().free);
+  }
+#endif
+  return memory_table(checkpoint, compute, use);
 }
 
 #if defined(TINYVLLM_HAS_CUDA)
@@ -46,32 +64,38 @@ void refuse_repacked_weights() {
 }
 
 std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineConfig& config,
-                                    std::vector<std::int32_t> eos_token_ids) try {
+                                    std::vector<std::int32_t> eos_token_ids) {
   const DType compute = compute_dtype(config, checkpoint);
+  const StepLimits step{
+      .max_tokens = config.max_num_batched_tokens,
+      .max_sequences = config.max_num_seqs,
+      .max_model_len = config.max_model_len.value_or(checkpoint.config().max_position_embeddings),
+      .block_size = config.block_size};
 #if defined(TINYVLLM_HAS_CUDA)
   if (use_cuda(config.device)) {
     if (config.repack_weights) refuse_repacked_weights();
     const CudaOptions options{.compute = compute,
-                              .step = {.max_tokens = config.max_num_batched_tokens,
-                                       .max_sequences = config.max_num_seqs,
-                                       .max_model_len = config.max_model_len.value_or(
-                                           checkpoint.config().max_position_embeddings),
-                                       .block_size = config.block_size},
+                              .step = step,
                               .memory_utilization = config.gpu_memory_utilization,
                               .eager = config.enforce_eager,
                               .batch_invariant = config.batch_invariant,
                               .library_directories = config.cuda_library_directories};
-    return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
+    try {
+      return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
+    } catch (const CapacityError& error) {
+      throw CapacityError(error.what() + table(checkpoint, step, compute, true));
+    }
   }
 #else
   if (config.device == Device::kCuda) require_cuda_build();
 #endif
-  return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights, config.num_threads,
-                                     config.max_num_batched_tokens, config.max_num_seqs,
-                                     std::move(eos_token_ids));
-} catch (const CapacityError& error) {
-  throw CapacityError(error.what() +
-                      memory_table(checkpoint, compute_dtype(config, checkpoint), nullptr));
+  try {
+    return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights,
+                                       config.num_threads, config.max_num_batched_tokens,
+                                       config.max_num_seqs, std::move(eos_token_ids));
+  } catch (const CapacityError& error) {
+    throw CapacityError(error.what() + table(checkpoint, step, compute, false));
+  }
 }
 
 }  // namespace tinyvllm

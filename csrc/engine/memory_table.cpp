@@ -14,7 +14,7 @@ std::string line(const char* name, std::int64_t bytes, const char* remark = "") 
 
 }  // namespace
 
-std::string memory_table(const Checkpoint& checkpoint, DType compute, const Runner* runner) {
+std::string memory_table(const Checkpoint& checkpoint, DType compute, const MemoryUse& use) {
   std::int64_t weights = 0;
   for (const std::string& name : checkpoint.names()) {
     weights += static_cast<std::int64_t>(checkpoint.info(name).num_bytes);
@@ -26,11 +26,8 @@ std::string memory_table(const Checkpoint& checkpoint, DType compute, const Runn
                                 .num_kv_heads = model.num_kv_heads,
                                 .head_dim = model.head_dim,
                                 .dtype = compute};
-  std::string table =
-      line("weights", weights) + line("KV cache", thousand_tokens.bytes(), " for 1000 tokens");
-  if (runner == nullptr) return table;
-  const MemoryUse use = runner->memory_use();
-  return table + line("workspace", use.workspace) + line("free", use.free);
+  return line("weights", weights) + line("KV cache", thousand_tokens.bytes(), " for 1000 tokens") +
+         line("workspace", use.workspace) + line("free", use.free);
 }
 
 }  // namespace tinyvllm

@@ -8,8 +8,7 @@
 
 namespace tinyvllm {
 
-// Begins with a line end. Without a runner the device gave out before there was one, and what its
-// workspace takes and what is free is not known.
-std::string memory_table(const Checkpoint& checkpoint, DType compute, const Runner* runner);
+// Begins with a line end.
+std::string memory_table(const Checkpoint& checkpoint, DType compute, const MemoryUse& use);
 
 }  // namespace tinyvllm

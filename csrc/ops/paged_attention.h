@@ -124,7 +124,13 @@ constexpr std::size_t paged_attention_workspace_bytes(std::int64_t max_decode_it
   return static_cast<std::size_t>(max_decode_items * num_heads * (head_dim + 2)) * sizeof(float);
 }
 
-// Throws Error where head_dim is over 256, and where there are more decodes than counters for them.
+// For an engine to ask before it takes memory: throws UnsupportedModelError where head_dim is over
+// 256, and InvalidRequestError where so many decodes, or one with so long a context, are more than a
+// launch on this card can take. No decodes: all tokens are chunks.
+void check_attention(const CudaContext& ctx, const KvShape& kv, std::int64_t num_heads,
+                     std::int64_t max_decodes, std::int64_t max_context);
+
+// Throws where check_attention() does.
 void paged_attention(const CudaContext& ctx, TensorView q, const KvLayer& kv,
                      const CudaSequences& sequences, std::int64_t num_heads, std::int64_t window,
                      float scale, MutTensorView out);

@@ -32,7 +32,7 @@ class CapacityError(TinyvllmError):
 
 
 class DeviceError(TinyvllmError):
-    """The device that was asked for is missing or unusable."""
+    """The device that was asked for is missing or cannot be used."""
 
     exit_code = 5
 

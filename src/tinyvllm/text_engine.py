@@ -69,7 +69,9 @@ class TextEngine:
         at the start.
     gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and all else together.
     enforce_eager: no CUDA graphs; the results are the same bits.
-    batch_invariant: on a GPU, too, a request's bits are the same in every batch; slower.
+    batch_invariant: on a GPU, too, a request's bits are the same in every batch. Decodes then go
+        the way of prompts, without CUDA graphs and with no context split among blocks (split-KV),
+        and a product has one algorithm whatever the number of its rows: slower.
     seed: what requests without a seed get theirs from. None: drawn at random; see `seed`.
     generation_config: auto (the model's), none, or the path of a generation_config.json.
     load_format: auto, or dummy: seeded random weights in the shape of the model's config.json.

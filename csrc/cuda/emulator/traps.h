@@ -11,8 +11,8 @@ namespace tinyvllm::cuda::traps {
 
 std::vector<std::string> names();
 
-// Runs a program and returns whether its result is right. Throws DeviceError for a mistake that the
-// emulator refuses to run, and Error for an unknown name.
+// Runs a program and returns whether its result is right. Throws Error for a mistake that the
+// emulator refuses to run, and for an unknown name.
 bool run(const CudaContext& ctx, const std::string& name, bool with_mistake);
 
 }  // namespace tinyvllm::cuda::traps

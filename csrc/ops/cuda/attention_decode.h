@@ -545,4 +545,12 @@ inline std::size_t decode_shared_bytes(int group, int head_dim, int warps,
          (of_warps > of_splits ? of_warps : of_splits) * sizeof(float);
 }
 
+// How many splits so much shared memory is enough for, where it is for the warps.
+inline std::int64_t max_splits_in(std::size_t shared_bytes, int group, int head_dim) {
+  const int heads = group < kDecodeHeads ? group : kDecodeHeads;
+  const std::size_t floats =
+      (shared_bytes - decode_shared_bytes(0, head_dim, 0, 0)) / sizeof(float);
+  return (static_cast<std::int64_t>(floats) / heads - 1) / 2;
+}
+
 }  // namespace tinyvllm::cuda

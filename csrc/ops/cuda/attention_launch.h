@@ -19,12 +19,21 @@ inline bool is_aligned(const void* data, std::int64_t row_stride) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && row_stride % 8 == 0;
 }
 
-// Whether the kernels on the tensor cores take these operands, where they know the head_dim.
+// Whether the kernels on the tensor cores take such a cache, and these operands, where they know the
+// head_dim.
+inline bool for_tensor_cores(const KvShape& kv, std::int64_t num_heads) {
+  return kv.dtype == DType::kBFloat16 && kv.block_size % kDecodeTile == 0 &&
+         num_heads / kv.num_kv_heads <= kPrefillRows;
+}
 inline bool for_tensor_cores(TensorView q, const KvLayer& kv, std::int64_t num_heads,
                              TensorView out) {
-  return kv.shape.dtype == DType::kBFloat16 && kv.shape.block_size % kDecodeTile == 0 &&
-         num_heads / kv.shape.num_kv_heads <= kPrefillRows && is_aligned(q.data, q.row_stride) &&
+  return for_tensor_cores(kv.shape, num_heads) && is_aligned(q.data, q.row_stride) &&
          is_aligned(out.data, out.row_stride) && is_aligned(kv.keys, 0) && is_aligned(kv.values, 0);
+}
+
+// How many counters a decode takes: a block has at most kDecodeHeads query heads of one KV head.
+inline std::int64_t shares_of_a_decode(std::int64_t num_heads, std::int64_t num_kv_heads) {
+  return num_kv_heads * ((num_heads / num_kv_heads + kDecodeHeads - 1) / kDecodeHeads);
 }
 
 template <typename T>
@@ -54,7 +63,8 @@ void attend_decodes(const CudaContext& ctx, const AttentionArguments<BFloat16>& 
                     const RopeArguments& rope) {
   const CudaSequences& sequences = arguments.sequences;
   const int group = arguments.num_heads / arguments.num_kv_heads;
-  const int shares = arguments.num_kv_heads * ((group + kDecodeHeads - 1) / kDecodeHeads);
+  const auto shares =
+      static_cast<int>(shares_of_a_decode(arguments.num_heads, arguments.num_kv_heads));
   const int num_shares = sequences.num_decodes * shares;
   if (static_cast<std::size_t>(num_shares) > CudaContext::kNumCounters) {
     throw Error("paged_attention: " + std::to_string(sequences.num_decodes) + " decodes of " +
