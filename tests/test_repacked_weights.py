@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_exit_4(larger_than_memory: Path) -> None:
     assert result.stdout == ""
     first, *table = result.stderr.splitlines()
     assert re.match(r"tinyvllm: error: The repacked weights take \d+ bytes, and \d+ are", first)
-    assert [line.split()[0] for line in table] == ["weights", "KV"]
+    assert [line.split()[0] for line in table] == ["weights", "KV", "workspace", "free"]
 
 
 def test_the_flag_reaches_the_engine() -> None:

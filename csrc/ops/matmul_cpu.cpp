@@ -53,15 +53,16 @@ class Multiplication {
   Multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, Product<X, W> product)
       : ctx_(ctx), x_(x), weight_(weight), product_(product), x_operand_(x.row<X>(0)) {}
 
-  // Cuts each row block into strips of up to so many outputs, or as many as are good for a product.
-  std::array<Strips, 3> cut(std::int64_t most = kMostPackedOutputs,
-                            std::int64_t multiple = 1) const {
+  // Cuts each row block into strips of as many outputs as are good for a product, a multiple of
+  // `multiple`, but of no more than `most` if that allows it.
+  std::array<Strips, 3> cut(std::int64_t multiple, std::int64_t most) const {
     const bool panels = weight_.layout == WeightLayout::kPanels;
     multiple = std::max(multiple, panels || product_.pack ? kPanelOutputs : kTileOutputs);
     const std::int64_t row_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
-    const std::int64_t by_bytes = product_.pack ? most : kStripBytes / (row_bytes + 1);
+    const std::int64_t by_kernel =
+        product_.pack ? kMostPackedOutputs : kStripBytes / (row_bytes + 1);
     const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
-    most = std::max(multiple, std::min({most, by_bytes, by_threads}));
+    most = std::max(multiple, std::min({most, by_kernel, by_threads}));
     std::array<Strips, 3> strips;
     for (std::size_t i = 0; i < strips.size(); ++i) {
       strips[i] = cut_into_strips(weight_.blocks[i].rows, most, multiple);
@@ -161,7 +162,7 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
     multiplication.prepare();
     const std::array<Strips, 3> strips =
-        multiplication.cut(kMostPackedOutputs, maxima ? kLogitBlock : 1);
+        multiplication.cut(maxima ? kLogitBlock : 1, weight.outputs());
     ctx.parallel_for(
         strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
           std::int64_t first_output = 0;
@@ -223,7 +224,7 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
   const bool cached = x.rows * x.cols <= kCachedOperand;
   const std::int64_t most = cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs;
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
-    const Strips strips = multiplication.cut(std::min(most, kMostPackedOutputs))[0];
+    const Strips strips = multiplication.cut(1, most)[0];
     const std::int64_t stride = CpuContext::operand_stride(DType::kFloat32, 2 * strips.outputs);
     multiplication.prepare(x.rows * stride);
     ctx.parallel_for(strips.count, [&](std::int64_t strip, int worker) {
