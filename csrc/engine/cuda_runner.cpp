@@ -17,7 +17,7 @@
 namespace tinyvllm {
 namespace {
 
-// What the kernels could not do on this card is refused before anything is taken of its memory.
+// Throws for what the kernels cannot do on this card.
 void check_kernels(const CudaContext& ctx, const ModelConfig& model, const CudaOptions& options) {
   const KvShape kv{.num_layers = model.num_layers,
                    .num_blocks = 1,
@@ -30,10 +30,13 @@ void check_kernels(const CudaContext& ctx, const ModelConfig& model, const CudaO
                   options.step.max_model_len);
 }
 
-// The weights, through the host: what has to be converted is converted there.
-Weights weights_on(const CudaContext& ctx, const Checkpoint& checkpoint, DType compute) {
+// The weights, through the host: what has to be converted is converted there. Before anything is taken
+// of the card's memory, it is known that this model can be run on it.
+Weights weights_on(const CudaContext& ctx, const Checkpoint& checkpoint,
+                   const CudaOptions& options) {
+  check_kernels(ctx, checkpoint.config(), options);
   const CpuContext host;
-  return upload_weights(ctx, load_weights(host, checkpoint, compute), checkpoint.config());
+  return upload_weights(ctx, load_weights(host, checkpoint, options.compute), checkpoint.config());
 }
 
 }  // namespace
@@ -43,9 +46,7 @@ CudaRunner::CudaRunner(const Checkpoint& checkpoint, const CudaOptions& options,
     : options_(options),
       eos_token_ids_(std::move(eos_token_ids)),
       ctx_(0, options.batch_invariant, options.library_directories),
-      model_(ctx_, checkpoint.config(),
-             (check_kernels(ctx_, checkpoint.config(), options),
-              weights_on(ctx_, checkpoint, options.compute)),
+      model_(ctx_, checkpoint.config(), weights_on(ctx_, checkpoint, options),
              batch_limits(options.step, true).max_tokens,
              batch_limits(options.step, true).max_logit_rows),
       arrays_(ctx_, copies_, options.step, checkpoint.config(), options.batch_invariant),
