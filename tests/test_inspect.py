@@ -151,7 +151,7 @@ def test_what_will_not_fit_is_exit_4_with_the_report_on_stdout() -> None:
     result = inspect("llama-3.1-8b", "--memory", "12G")
     assert result.returncode == 4
     assert b"does not fit" in result.stdout
-    assert result.stderr.startswith(b"tinyvllm: error: it will not fit: 15.4")
+    assert result.stderr.startswith(b"tinyvllm: error: it will not fit: 15.2")
     assert b"12.00 GiB" in result.stderr
     assert result.stderr.count(b"\n") == 1
 

@@ -339,6 +339,7 @@ class _Ops:
         blocks: Sequence[Tensor],
         dtype: str = "float32",
         biases: Sequence[Floats | None] = [],
+        layout: str = "rows",
     ) -> Tensor: ...
     @staticmethod
     def matmul_by_plan(
