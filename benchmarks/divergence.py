@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyvllm import _core
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from oracle import kl_divergences
 
 SEQUENCES, LENGTH = 5, 513
 
@@ -41,21 +46,6 @@ def transformers_logits(model: str, dtype: str, device: str, prompts: list[Any])
         ]
 
 
-def divergence(truth: Logits, other: Logits) -> npt.NDArray[np.float64]:
-    """KL of each position, in float64. [LENGTH, vocab] twice -> [LENGTH]."""
-
-    def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-        shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-        result: npt.NDArray[np.float64] = shifted - np.log(
-            np.exp(shifted).sum(axis=-1, keepdims=True)
-        )
-        return result
-
-    log_p, log_q = log_softmax(truth), log_softmax(other)
-    result: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,7 +66,7 @@ def main() -> None:
         "transformers": transformers_logits(model, "bfloat16", device, prompts),
     }
     for name, logits in both.items():
-        values = np.concatenate([divergence(*pair) for pair in zip(truth, logits, strict=True)])
+        values = np.concatenate([kl_divergences(*pair) for pair in zip(truth, logits, strict=True)])
         print(
             f"{name:12}  mean {values.mean():.4f}  largest {values.max():.4f}  "
             f"of {len(values)} positions"

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from families import FAMILIES
-from oracle import kl_divergences
 from tinyvllm import dummy
 from tinyvllm.limits import MachineLimits
 from tinyvllm.model_cost import ModelCost
@@ -36,7 +34,6 @@ peer_process: Any = _module("peer_process")
 runner: Any = _module("runner")
 results: Any = _module("results")
 compare: Any = _module("compare")
-divergence: Any = _module("divergence")
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +200,6 @@ def test_a_peer_that_is_not_installed_has_a_line_that_says_so_and_no_column(mode
     head, *_, last = results.to_markdown([result, result]).splitlines()
     assert head == "| work | tinyvllm | limit | share | best ratio |"
     assert last == f"- {theirs['peer']} did not run: {theirs['missing']}"
-
-
-def test_the_divergence_is_that_of_the_promises() -> None:
-    truth, other = np.random.default_rng(0).standard_normal((2, 3, 50)).astype(np.float32) * 9
-    want = kl_divergences(truth, other)
-    np.testing.assert_allclose(divergence.divergence(truth, other), want, rtol=1e-12)
-    assert not divergence.divergence(truth, truth).any()
 
 
 def test_a_difference_at_a_near_tie_is_no_other_work() -> None:

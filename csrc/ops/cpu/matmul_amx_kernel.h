@@ -348,7 +348,7 @@ class TileProduct {
     const Weights in_memory = weights_at(n, 0);
     for (std::int64_t step = 0; step < weights.whole_steps; ++step) {
       if (!kPanels && few_rows_) {
-        if (row == rows_.first) prefetch_rows(in_memory, steps_.first + step);
+        if (prefetch.lines > 0) prefetch_rows(in_memory, steps_.first + step);
       } else {
         const BFloat16* lines = step < prefetch.wrap ? prefetch.from : prefetch.wrapped;
         lines += step * in_memory.step;
