@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from tinyvllm import _core
 
+# The criterion is the one that the tests hold the promise to.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from oracle import kl_divergences
 
