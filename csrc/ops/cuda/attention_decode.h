@@ -54,7 +54,7 @@ constexpr std::size_t merging_floats(int heads, std::int64_t num_splits) {
 
 // out [heads, kDim] = the union of the partial results of the splits, which other blocks have
 // written; all threads of the block take part. A way to the L2 cache and back is most of what it
-// takes, so there are two, one for the weights and one for up to 32 splits.
+// takes, so that of up to 32 splits the weights and the sums are asked for at once.
 //
 //   partials  [num_splits, partial_floats], rows stride floats apart
 template <int kDim, int kWarps>
@@ -66,6 +66,18 @@ __device__ inline void merge_splits(const float* partials, int num_splits, std::
   float* inverses = totals + num_splits * heads;  // [heads]
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+
+  // A thread's first sums are on their way while the weights are found.
+  const auto load_sums = [&](int i, int first, float(&sums)[kAtOnce]) {
+    const float* from = partials + first * stride + i;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j, from += stride) {
+      sums[j] = 0.0f;
+      if (i < heads * kDim && first + j < num_splits) sums[j] = load_written(from);
+    }
+  };
+  float sums[kAtOnce];
+  load_sums(static_cast<int>(threadIdx.x), 0, sums);
 
   for (int head = warp; head < heads; head += kWarps) {  // a warp for each head
     const float* maxima = partials + heads * kDim + head;
@@ -94,13 +106,7 @@ __device__ inline void merge_splits(const float* partials, int num_splits, std::
     const int head = i / kDim;
     float sum = 0.0f;
     for (int first = 0; first < num_splits; first += kAtOnce) {
-      const float* from = partials + first * stride + i;
-      float sums[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j, from += stride) {
-        sums[j] = 0.0f;
-        if (first + j < num_splits) sums[j] = load_written(from);
-      }
+      if (i != static_cast<int>(threadIdx.x) || first > 0) load_sums(i, first, sums);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (first + j < num_splits) sum += sums[j] * weights[(first + j) * heads + head];
