@@ -135,7 +135,7 @@ emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
 # On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.
-GPU_TESTS := tests/ops tests/test_cuda.py tests/test_cuda_engine.py tests/test_golden.py
+GPU_TESTS := tests/ops $(addprefix tests/test_, cuda.py cuda_engine.py golden.py tune_gemm_cuda.py)
 
 # Figures beside other engines: make gpu-report BENCH_ARGS="--peers-python PYTHON".
 gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and the figures of benchmarks/gpu.py
