@@ -29,7 +29,7 @@ std::string table(const Checkpoint& checkpoint, const StepLimits& step, DType co
                 .free = available_memory()};
 #if defined(TINYVLLM_HAS_CUDA)
   if (on_gpu) {
-    use.workspace += kGpuReserveBytes;
+    use.workspace += gpu_reserve_bytes(step, checkpoint.config());
     use.free = static_cast<std::int64_t>(cuda::memory_info().free);
   }
 #endif
@@ -58,7 +58,6 @@ std::unique_ptr<Runner> runner_on([[maybe_unused]] bool on_gpu, const Checkpoint
     const CudaOptions options{.compute = compute,
                               .step = step,
                               .memory_utilization = config.gpu_memory_utilization,
-                              .eager = config.enforce_eager,
                               .batch_invariant = config.batch_invariant,
                               .library_directories = config.cuda_library_directories};
     return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
@@ -92,7 +91,8 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
       .max_tokens = config.max_num_batched_tokens,
       .max_sequences = config.max_num_seqs,
       .max_model_len = config.max_model_len.value_or(checkpoint.config().max_position_embeddings),
-      .block_size = config.block_size};
+      .block_size = config.block_size,
+      .graphs = !config.enforce_eager && !config.batch_invariant};
   const bool on_gpu = use_cuda(config.device);
   try {
     return runner_on(on_gpu, checkpoint, config, step, compute, std::move(eos_token_ids));
