@@ -135,7 +135,7 @@ emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
 # On a machine with a GPU. The tests that name no device run on the CPU, as everywhere.
-GPU_TESTS := tests/ops tests/test_cuda.py tests/test_cuda_engine.py tests/test_golden.py
+GPU_TESTS := tests/ops $(addprefix tests/test_, cuda.py cuda_engine.py golden.py tune_gemm_cuda.py)
 
 # Figures beside other engines: make gpu-report BENCH_ARGS="--peers-python PYTHON".
 gpu-report: cuda  ## on a machine with a GPU: its build, all tests there, and the figures of benchmarks/gpu.py
@@ -169,9 +169,14 @@ ASAN_TESTS = tests/ops $(addprefix tests/test_, block_pool.py checkpoint.py engi
   model_config.py prefix_cache.py safetensors.py sampler.py scheduler.py thread_pool.py)
 
 # The emulator runs many thousand fibers, and a stack of ASan's own for each would take most of the time.
-ASAN_EMULATED = tests/ops tests/test_cuda.py tests/test_emulator.py
-# The many shapes of these two take three minutes here: make asan ASAN_EMULATED_K='cuda or emulator'.
-ASAN_EMULATED_K = (cuda or emulator) and not matmul and not paged_attention
+# Of the engine here is a graph beside single launches, and two steps in flight.
+ASAN_EMULATED = tests/ops tests/test_cuda.py tests/test_emulator.py \
+  $(addprefix tests/test_cuda_engine.py::, \
+  test_a_graph_and_the_same_kernels_without_one_give_the_same_bits \
+  test_a_sampled_token_goes_on_in_the_next_step_without_the_host)
+# Where many sizes repeat what fewer tests beside them do, they take minutes here, and are left out:
+# make asan ASAN_EMULATED_K='cuda or emulator'.
+ASAN_EMULATED_K = (cuda or emulator) and not (test_matmul.py or every_shape or any_chunking)
 ASAN_ENV = LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc UBSAN_OPTIONS=$(ASAN_REPORTS) \
   ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:$(ASAN_REPORTS)
 ASAN_PYTEST = $(ASAN)/venv/bin/python -m pytest --capture=sys

@@ -7,7 +7,7 @@ are timed, in a CUDA graph of one product a layer with weights of its own. The f
 compared in a graph of all products of a step, where neighbours overlap. The report gives a
 product's time beside the rate at which it reads its weights, as a share of what the card can read,
 and its rate of arithmetic. --table writes the choices as csrc/ops/cuda/matmul_table.inc wants them,
-for the next build.
+for the next build; they are those of this card and this version of cuBLASLt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvllm import _core
+from tinyvllm.cli.env import gpu_driver
 from tinyvllm.errors import TinyvllmError
 
 TABLE = "csrc/ops/cuda/matmul_table.inc"
@@ -230,6 +231,14 @@ def tune(ctx: _core.CudaContext, model: Model, all_rows: list[int]) -> dict[str,
     return results
 
 
+def table_header(ctx: _core.CudaContext) -> list[str]:
+    """With what the choices hold for: a rank is one of that library's proposals on that card."""
+    return [
+        "// Written by benchmarks/tune_gemm.py: {outputs, depth, use, up to rows, plan}.",
+        f"// On {ctx.name}, driver {gpu_driver()['driver']}, cuBLASLt {ctx.cublaslt}.",
+    ]
+
+
 def table_rows(model: Model, results: dict[str, Any]) -> list[str]:
     matrices = [*model.layer(), model.lm_head()]
     return [
@@ -252,9 +261,9 @@ def main() -> None:
     options = parser.parse_args()
 
     ctx = _core.CudaContext()
-    print(f"compute capability {ctx.compute_capability}, cuBLASLt {ctx.cublaslt}")
+    print(f"{ctx.name}, compute capability {ctx.compute_capability}, cuBLASLt {ctx.cublaslt}")
     rows = sorted({int(count) for count in options.rows.split(",")})
-    table = ["// Written by benchmarks/tune_gemm.py: {outputs, depth, use, up to rows, plan}."]
+    table = table_header(ctx)
     report = {}
     for name in options.model or ["llama-3.2-1b"]:
         began = time.perf_counter()

@@ -80,6 +80,7 @@ void bind_cuda(py::module_& module) {
              return ctx;
            }),
            py::arg("device") = 0, py::arg("batch_invariant") = false)
+      .def_property_readonly("name", &CudaContext::name)
       .def_property_readonly("compute_capability", &CudaContext::compute_capability)
       .def_property_readonly("num_multiprocessors", &CudaContext::num_multiprocessors)
       .def_property_readonly("cublaslt",

@@ -481,6 +481,8 @@ void bind_memory_sizes(py::module_& module) {
              "Rows of a step of decodes on a GPU.");
   module.def("most_decode_items", &most_decode_items, "max_num_seqs"_a, "num_kv_heads"_a,
              "max_model_len"_a, "Splits of sequences that a step of decodes has there at most.");
+  module.def("num_decode_sizes", &num_decode_sizes, "max_num_seqs"_a, "num_kv_heads"_a,
+             "max_model_len"_a, "Batches of decodes that need a CUDA graph of their own.");
   module.def("check_batch_limits", &check_batch_limits, "max_num_seqs"_a,
              "max_num_batched_tokens"_a);
   module.def(
@@ -513,6 +515,17 @@ void bind_memory_sizes(py::module_& module) {
       "config"_a, "dtype"_a, "block_size"_a);
   module.def("host_kv_cache_budget", &host_kv_cache_budget, "available"_a);
   module.def("gpu_kv_cache_budget", &gpu_kv_cache_budget, "total"_a, "used"_a, "utilization"_a);
+  module.def(
+      "gpu_reserve_bytes",
+      [](const py::object& config, std::int64_t max_num_seqs, std::int64_t max_model_len) {
+        return gpu_reserve_bytes({.max_tokens = 0,
+                                  .max_sequences = max_num_seqs,
+                                  .max_model_len = max_model_len,
+                                  .block_size = 0},
+                                 sizes_of(config));
+      },
+      "config"_a, "max_num_seqs"_a, "max_model_len"_a,
+      "What CUDA graphs and the driver are left of a GPU.");
   module.def(
       "repacked_bytes",
       [](std::int64_t rows, std::int64_t depth, const std::string& dtype) {

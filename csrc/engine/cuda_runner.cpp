@@ -71,14 +71,15 @@ RunnerInfo CudaRunner::info() const {
 
 MemoryUse CudaRunner::memory_use() const {
   return {.workspace = model_.activation_bytes() + gpu_step_bytes(options_.step, model_.config()) +
-                       kGpuReserveBytes,
+                       gpu_reserve_bytes(options_.step, model_.config()),
           .free = static_cast<std::int64_t>(cuda::memory_info().free)};
 }
 
 std::int64_t CudaRunner::kv_cache_budget() const {
   const cuda::MemoryInfo memory = cuda::memory_info();
   return gpu_kv_cache_budget(static_cast<std::int64_t>(memory.total),
-                             static_cast<std::int64_t>(memory.total - memory.free),
+                             static_cast<std::int64_t>(memory.total - memory.free) +
+                                 gpu_reserve_bytes(options_.step, model_.config()),
                              options_.memory_utilization);
 }
 
@@ -93,7 +94,7 @@ void CudaRunner::launch(const StepPlan& plan) {
   const DeviceStep step = arrays_.fill(num_launched_, plan);
   const SampleBatch draws = describe_draws(plan, step, in_flight);
   arrays_.send();
-  if (step.padded && !options_.eager) {
+  if (step.padded && options_.step.graphs) {
     compute_as_graph(step, draws);
   } else {
     compute(step);

@@ -3,7 +3,7 @@
 //
 // A step in which every sequence gets one token is padded to the next batch size of a short list and
 // replayed as a CUDA graph, one a size (and split of the contexts), recorded when first needed. With
-// `eager` the same kernels are launched one by one, on the same padded batch: the results are the
+// `graphs` off the same kernels are launched one by one, on the same padded batch: the results are the
 // same bits. A step with chunks of prompts is launched one by one and not padded.
 #pragma once
 
@@ -35,7 +35,6 @@ struct CudaOptions {
   DType compute;
   StepLimits step;
   double memory_utilization = 0.9;  // of the card's memory, for everything together
-  bool eager = false;               // no graphs
   bool batch_invariant = false;     // the same bits in any batch: every token as a chunk
   std::vector<std::string> library_directories;  // where cuBLASLt is looked for first
 };

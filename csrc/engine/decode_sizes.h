@@ -17,6 +17,19 @@ constexpr std::int64_t padded_batch_size(std::int64_t num_sequences) {
   return (num_sequences + step - 1) / step * step;
 }
 
+// How many batches of decodes there are that need a graph of their own: each padded size with each
+// split that it may have (decode_split), which are two at most, by the longest context.
+constexpr std::int64_t num_decode_sizes(std::int64_t max_num_seqs, std::int64_t num_kv_heads,
+                                        std::int64_t max_model_len) {
+  std::int64_t count = 0;
+  for (std::int64_t n = 1; n <= padded_batch_size(max_num_seqs); n = padded_batch_size(n + 1)) {
+    const bool has_longer_splits =
+        decode_split(n, num_kv_heads, 1) != decode_split(n, num_kv_heads, max_model_len);
+    count += has_longer_splits ? 2 : 1;
+  }
+  return count;
+}
+
 // How many splits (decode_split) so many decodes have at most: no context has shorter ones than the
 // shortest.
 constexpr std::int64_t max_decode_items(std::int64_t num_decodes, std::int64_t num_kv_heads,

@@ -29,23 +29,44 @@ std::string table(const Checkpoint& checkpoint, const StepLimits& step, DType co
                 .free = available_memory()};
 #if defined(TINYVLLM_HAS_CUDA)
   if (on_gpu) {
-    use.workspace += kGpuReserveBytes;
+    use.workspace += gpu_reserve_bytes(step, checkpoint.config());
     use.free = static_cast<std::int64_t>(cuda::memory_info().free);
   }
 #endif
   return memory_table(checkpoint, compute, use);
 }
 
-#if defined(TINYVLLM_HAS_CUDA)
 // The emulator is for those who ask for it.
 bool use_cuda(Device device) {
-#if defined(TINYVLLM_CUDA_EMULATE)
+#if !defined(TINYVLLM_HAS_CUDA)
+  if (device == Device::kCuda) require_cuda_build();
+  return false;
+#elif defined(TINYVLLM_CUDA_EMULATE)
   return device == Device::kCuda;
 #else
   return device == Device::kCuda || (device == Device::kAuto && CudaContext::is_available());
 #endif
 }
+
+std::unique_ptr<Runner> runner_on([[maybe_unused]] bool on_gpu, const Checkpoint& checkpoint,
+                                  const EngineConfig& config,
+                                  [[maybe_unused]] const StepLimits& step, DType compute,
+                                  std::vector<std::int32_t> eos_token_ids) {
+#if defined(TINYVLLM_HAS_CUDA)
+  if (on_gpu) {
+    if (config.repack_weights) refuse_repacked_weights();
+    const CudaOptions options{.compute = compute,
+                              .step = step,
+                              .memory_utilization = config.gpu_memory_utilization,
+                              .batch_invariant = config.batch_invariant,
+                              .library_directories = config.cuda_library_directories};
+    return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
+  }
 #endif
+  return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights, config.num_threads,
+                                     config.max_num_batched_tokens, config.max_num_seqs,
+                                     std::move(eos_token_ids));
+}
 
 }  // namespace
 
@@ -70,31 +91,13 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
       .max_tokens = config.max_num_batched_tokens,
       .max_sequences = config.max_num_seqs,
       .max_model_len = config.max_model_len.value_or(checkpoint.config().max_position_embeddings),
-      .block_size = config.block_size};
-#if defined(TINYVLLM_HAS_CUDA)
-  if (use_cuda(config.device)) {
-    if (config.repack_weights) refuse_repacked_weights();
-    const CudaOptions options{.compute = compute,
-                              .step = step,
-                              .memory_utilization = config.gpu_memory_utilization,
-                              .eager = config.enforce_eager,
-                              .batch_invariant = config.batch_invariant,
-                              .library_directories = config.cuda_library_directories};
-    try {
-      return std::make_unique<CudaRunner>(checkpoint, options, std::move(eos_token_ids));
-    } catch (const CapacityError& error) {
-      throw CapacityError(error.what() + table(checkpoint, step, compute, true));
-    }
-  }
-#else
-  if (config.device == Device::kCuda) require_cuda_build();
-#endif
+      .block_size = config.block_size,
+      .graphs = !config.enforce_eager && !config.batch_invariant};
+  const bool on_gpu = use_cuda(config.device);
   try {
-    return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights,
-                                       config.num_threads, config.max_num_batched_tokens,
-                                       config.max_num_seqs, std::move(eos_token_ids));
+    return runner_on(on_gpu, checkpoint, config, step, compute, std::move(eos_token_ids));
   } catch (const CapacityError& error) {
-    throw CapacityError(error.what() + table(checkpoint, step, compute, false));
+    throw CapacityError(error.what() + table(checkpoint, step, compute, on_gpu));
   }
 }
 

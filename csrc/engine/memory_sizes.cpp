@@ -56,6 +56,20 @@ std::int64_t gpu_step_bytes(const StepLimits& limits, const ModelConfig& model) 
                                    block_table_bytes(limits) + op_workspace_bytes(limits, model));
 }
 
+std::int64_t gpu_reserve_bytes(const StepLimits& limits, const ModelConfig& model) {
+  if (!limits.graphs) return kDriverReserveBytes;
+  // Of a layer two norms, RoPE, attention, SiLU and four products, which cuBLASLt may compute by two
+  // kernels each. Beside the layers: block tables, tokens, angles, embedding; rows, norm and product
+  // of the logits; the draw and the way of its tokens to the host.
+  constexpr std::int64_t kNodesOfALayer = 13, kOtherNodes = 10;
+  constexpr std::int64_t kGraphsOfASize = 2 * kNumStepArrays;  // with and without the draw
+  const std::int64_t graphs =
+      kGraphsOfASize *
+      num_decode_sizes(limits.max_sequences, model.num_kv_heads, limits.max_model_len);
+  const std::int64_t nodes = graphs * (kNodesOfALayer * model.num_layers + kOtherNodes);
+  return kDriverReserveBytes + nodes * kGraphNodeBytes;
+}
+
 std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& model, bool on_gpu,
                                DType compute) {
   const BatchLimits batch = batch_limits(limits, on_gpu);

@@ -15,6 +15,7 @@ struct StepLimits {
   std::int64_t max_tokens, max_sequences;  // of a step, without padding
   std::int64_t max_model_len;              // of a sequence
   std::int64_t block_size;                 // of the KV cache
+  bool graphs = true;                      // a GPU records its steps of decodes
 };
 
 // The largest batch that a Transformer is made for. A GPU pads a step of decodes (decode_sizes.h).
@@ -38,14 +39,23 @@ std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& mode
 // On the CPU 40% of what is available, as the weights may still have to be read into the rest.
 constexpr std::int64_t host_kv_cache_budget(std::int64_t available) { return available / 5 * 2; }
 
-// On a GPU what is left of the share that may be used, but for what CUDA graphs and the driver need.
-inline constexpr std::int64_t kGpuReserveBytes = std::int64_t{384} << 20;
-
+// On a GPU what is left of the share that may be used. `used`: with the reserve.
 constexpr std::int64_t gpu_kv_cache_budget(std::int64_t total, std::int64_t used,
                                            double utilization) {
   const auto allowed = static_cast<std::int64_t>(static_cast<double>(total) * utilization);
-  const std::int64_t left = allowed - used - kGpuReserveBytes;
+  const std::int64_t left = allowed - used;
   return left > 0 ? left : 0;
 }
+
+// What comes only when the KV cache is there: CUDA graphs, recorded when they are first needed, and
+// what the driver then loads, the code of kernels above all.
+//
+// How many graphs there may be and of how many nodes is known. What a node takes of the card NVIDIA
+// does not document, and we have not measured it: 10,240 bytes is what NVIDIA's own cache of graphs
+// reckons with (CCCL, executable_graph_cache.cuh). The driver's part is a round figure. A test of
+// tests/test_cuda_engine.py asks a real GPU whether both together are enough.
+inline constexpr std::int64_t kGraphNodeBytes = 10240;
+inline constexpr std::int64_t kDriverReserveBytes = std::int64_t{128} << 20;
+std::int64_t gpu_reserve_bytes(const StepLimits& limits, const ModelConfig& model);
 
 }  // namespace tinyvllm

@@ -11,8 +11,14 @@
 namespace tinyvllm {
 namespace {
 
+// The head_dims that have kernels on the tensor cores.
+template <typename F>
+bool with_tensor_core_dim(std::int64_t head_dim, F&& f) {
+  return cuda::with_dim<64, 80, 96, 128>(head_dim, f);
+}
+
 bool has_tensor_core_kernels(std::int64_t head_dim) {
-  return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128;
+  return with_tensor_core_dim(head_dim, [](auto) {});
 }
 
 void check_head_dim(std::int64_t head_dim) {
@@ -102,18 +108,11 @@ void paged_attention(const CudaContext& ctx, TensorView q, const KvLayer& kv,
   }
   const auto arguments =
       cuda::attention_arguments<BFloat16>(q, kv, sequences, num_heads, window, scale, out);
-  switch (cuda::for_tensor_cores(q, kv, num_heads, out) ? kv.shape.head_dim : 0) {
-    case 64:
-      return attend_on_tensor_cores<64>(ctx, arguments);
-    case 80:
-      return attend_on_tensor_cores<80>(ctx, arguments);
-    case 96:
-      return attend_on_tensor_cores<96>(ctx, arguments);
-    case 128:
-      return attend_on_tensor_cores<128>(ctx, arguments);
-    default:
-      return attend_plainly(ctx, arguments);
-  }
+  const bool attended = cuda::for_tensor_cores(q, kv, num_heads, out) &&
+                        with_tensor_core_dim(kv.shape.head_dim, [&](auto dim) {
+                          attend_on_tensor_cores<dim()>(ctx, arguments);
+                        });
+  if (!attended) attend_plainly(ctx, arguments);
 }
 
 }  // namespace tinyvllm

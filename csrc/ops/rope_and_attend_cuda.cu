@@ -5,6 +5,12 @@
 namespace tinyvllm {
 namespace {
 
+// The head_dims whose decodes are rotated by the kernel that attends.
+template <typename F>
+bool with_rotating_dim(std::int64_t head_dim, F&& f) {
+  return cuda::with_dim<64, 128>(head_dim, f);
+}
+
 template <typename View>
 View rows_from(View view, std::int64_t first) {
   const auto bytes = first * view.row_stride * static_cast<std::int64_t>(size_of(view.dtype));
@@ -31,7 +37,7 @@ void rope_and_attend(const CudaContext& ctx, MutTensorView qkv, std::int64_t num
                      const CudaSequences& sequences, std::int64_t window, float scale,
                      MutTensorView out) {
   const std::int64_t head_dim = cache.shape.head_dim;
-  const bool fused = sequences.num_decodes > 0 && (head_dim == 64 || head_dim == 128) &&
+  const bool fused = sequences.num_decodes > 0 && with_rotating_dim(head_dim, [](auto) {}) &&
                      cuda::for_tensor_cores(qkv, cache, num_heads, out) &&
                      cuda::is_aligned(cos_sin.data, 2 * cos_sin.row_stride) &&
                      cuda::is_aligned(q_norm, 0) && cuda::is_aligned(k_norm, 0);
@@ -52,11 +58,8 @@ void rope_and_attend(const CudaContext& ctx, MutTensorView qkv, std::int64_t num
                                  .eps = eps,
                                  .cos_sin = static_cast<const float*>(cos_sin.data),
                                  .stride = cos_sin.row_stride};
-  if (head_dim == 64) {
-    cuda::attend_decodes<64, true>(ctx, arguments, rope);
-  } else {
-    cuda::attend_decodes<128, true>(ctx, arguments, rope);
-  }
+  with_rotating_dim(head_dim,
+                    [&](auto dim) { cuda::attend_decodes<dim(), true>(ctx, arguments, rope); });
   if (sequences.num_chunk_tiles > 0) {
     paged_attention(ctx, rows_from(TensorView(qkv), num_fused), cache, without_decodes(sequences),
                     num_heads, window, scale, rows_from(out, num_fused));

@@ -14,7 +14,7 @@ and on a GPU, where all of it is allocated at the start (csrc/engine/cuda_runner
     program       the driver's context, its libraries, and what other programs hold
     weights       csrc/model/cuda_weights.h: all of them, one after the other
     activations   as above; with them the arrays of a step and the memory between kernels
-    KV cache      what is left of gpu_memory_utilization
+    KV cache      what is left of gpu_memory_utilization, but for CUDA graphs and the driver
 
 An embedding that is not the output matrix too is read row by row; it is counted in full, as the
 text of a long run touches nearly all of its pages.
@@ -152,6 +152,7 @@ def make_plan(
     for_all_sequences = limits.max_num_seqs * -(-longest // BLOCK_SIZE)
     taken = program + mapped + copied + activations
     if on_gpu:
+        taken += _core.gpu_reserve_bytes(config, limits.max_num_seqs, longest)
         left = _core.gpu_kv_cache_budget(memory, taken, GPU_UTILIZATION) // bytes_per_block
         by_default = min(for_all_sequences, left)
         limit = "sequences" if by_default < left else "utilization"

@@ -31,6 +31,12 @@ inline bool for_tensor_cores(TensorView q, const KvLayer& kv, std::int64_t num_h
          is_aligned(out.data, out.row_stride) && is_aligned(kv.keys, 0) && is_aligned(kv.values, 0);
 }
 
+// Calls f(dim) with the one of kDims that the head_dim is, as a constant; false where it is none.
+template <int... kDims, typename F>
+bool with_dim(std::int64_t head_dim, F&& f) {
+  return ((head_dim == kDims && (f(std::integral_constant<int, kDims>()), true)) || ...);
+}
+
 // How many counters a decode takes: a block has at most kDecodeHeads query heads of one KV head.
 inline std::int64_t shares_of_a_decode(std::int64_t num_heads, std::int64_t num_kv_heads) {
   return num_kv_heads * ((num_heads / num_kv_heads + kDecodeHeads - 1) / kDecodeHeads);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,24 @@ ROW = re.compile(
 )
 
 
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("tune_gemm")
+
+
+@pytest.mark.skipif(not has_cuda(), reason="needs a GPU, or the emulator")
+def test_a_table_names_the_card_and_the_library_that_it_holds_for(module: Any) -> None:
+    header = "\n".join(module.table_header(cuda()))
+    assert all(line.startswith("// ") for line in header.splitlines())
+    assert cuda().name in header
+    assert f"cuBLASLt {cuda().cublaslt}" in header
+
+
 @pytest.mark.parametrize("rows", [[1, 9]] if has_cuda() else [])
 def test_a_table_has_a_plan_for_every_matrix_and_number_of_rows(
-    rows: list[int], monkeypatch: pytest.MonkeyPatch
+    rows: list[int], module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("tune_gemm")
     for name, value in (("CUBLASLT_RANKS", 1), ("FINALISTS", 1)):
         monkeypatch.setattr(module, name, value)
     model = module.Model(layers=1, hidden=32, query=64, qkv=96, intermediate=40, vocab=56)
