@@ -95,6 +95,14 @@ def test_the_plan_is_what_a_running_process_shows_as_resident(
     assert memory["needed"] == pytest.approx(resident, rel=0.10)
 
 
+def test_what_a_step_works_in_grows_with_the_threads() -> None:
+    few, many = (
+        report("llama-3.2-1b", "--threads", threads)["memory"]["activations"]
+        for threads in ("1", "64")
+    )
+    assert many - few > 1 << 20
+
+
 def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:
     from tinyvllm import LLM
 
@@ -151,7 +159,7 @@ def test_what_will_not_fit_is_exit_4_with_the_report_on_stdout() -> None:
     result = inspect("llama-3.1-8b", "--memory", "12G")
     assert result.returncode == 4
     assert b"does not fit" in result.stdout
-    assert result.stderr.startswith(b"tinyvllm: error: it will not fit: 15.2")
+    assert result.stderr.startswith(b"tinyvllm: error: it will not fit: 15.")
     assert b"12.00 GiB" in result.stderr
     assert result.stderr.count(b"\n") == 1
 

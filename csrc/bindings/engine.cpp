@@ -489,16 +489,20 @@ void bind_memory_sizes(py::module_& module) {
       "step_memory_bytes",
       [](const py::object& config, const std::string& device, const std::string& dtype,
          std::int64_t max_num_seqs, std::int64_t max_num_batched_tokens, std::int64_t max_model_len,
-         std::int64_t block_size) {
-        return step_memory_bytes({.max_tokens = max_num_batched_tokens,
-                                  .max_sequences = max_num_seqs,
-                                  .max_model_len = max_model_len,
-                                  .block_size = block_size},
-                                 sizes_of(config), parse_device(device) == Device::kCuda,
-                                 parse_dtype(dtype).value());
+         std::int64_t block_size, int num_threads) {
+        const StepLimits limits{.max_tokens = max_num_batched_tokens,
+                                .max_sequences = max_num_seqs,
+                                .max_model_len = max_model_len,
+                                .block_size = block_size};
+        const ModelConfig model = sizes_of(config);
+        const DType compute = parse_dtype(dtype).value();
+        if (parse_device(device) == Device::kCuda) {
+          return gpu_step_memory_bytes(limits, model, compute);
+        }
+        return cpu_step_memory_bytes(CpuContext(num_threads), limits, model, compute);
       },
       "config"_a, "device"_a, "dtype"_a, "max_num_seqs"_a, "max_num_batched_tokens"_a,
-      "max_model_len"_a, "block_size"_a,
+      "max_model_len"_a, "block_size"_a, "num_threads"_a,
       "What an engine takes beside the weights and the KV cache.");
   module.def(
       "kv_block_bytes",

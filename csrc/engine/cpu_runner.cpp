@@ -24,7 +24,8 @@ Weights weights_for(const CpuContext& ctx, const Checkpoint& checkpoint, DType c
 CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, bool repack, int num_threads,
                      std::int64_t max_tokens, std::int64_t max_draws,
                      std::vector<std::int32_t> eos_token_ids)
-    : ctx_(num_threads),
+    : max_tokens_(max_tokens),
+      ctx_(num_threads),
       model_(ctx_, checkpoint.config(), weights_for(ctx_, checkpoint, compute, repack), max_tokens,
              std::max(max_draws, kPromptLogprobRows)),
       sampler_(std::move(eos_token_ids)),
@@ -39,7 +40,10 @@ RunnerInfo CpuRunner::info() const {
 }
 
 MemoryUse CpuRunner::memory_use() const {
-  return {.workspace = model_.activation_bytes(), .free = available_memory()};
+  const DType compute = model_.weights().compute;
+  return {.workspace = model_.activation_bytes() +
+                       cpu_step_bytes(ctx_, max_tokens_, model_.config(), compute),
+          .free = available_memory()};
 }
 
 std::int64_t CpuRunner::kv_cache_budget() const { return host_kv_cache_budget(available_memory()); }

@@ -35,6 +35,7 @@ class CpuRunner : public Runner {
   void draw(const std::vector<Draw>& draws, TensorView logits);
   void find_prompt_logprobs(std::span<const PromptRow> rows);
 
+  const std::int64_t max_tokens_;  // of a step
   const CpuContext ctx_;
   Transformer<CpuContext> model_;
   const Sampler sampler_;

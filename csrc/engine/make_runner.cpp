@@ -24,16 +24,21 @@ DType compute_dtype(const EngineConfig& config, const Checkpoint& checkpoint) {
 // Where the device gave out before there was a runner: what that would have taken, and what is free
 // without it.
 std::string table(const Checkpoint& checkpoint, const StepLimits& step, DType compute,
-                  bool on_gpu) {
-  MemoryUse use{.workspace = step_memory_bytes(step, checkpoint.config(), on_gpu, compute),
-                .free = available_memory()};
+                  [[maybe_unused]] bool on_gpu, int num_threads) {
+  const ModelConfig& model = checkpoint.config();
+  const auto use = [&]() -> MemoryUse {
 #if defined(TINYVLLM_HAS_CUDA)
-  if (on_gpu) {
-    use.workspace += gpu_reserve_bytes(step, checkpoint.config());
-    use.free = static_cast<std::int64_t>(cuda::memory_info().free);
-  }
+    if (on_gpu) {
+      return {
+          .workspace = gpu_step_memory_bytes(step, model, compute) + gpu_reserve_bytes(step, model),
+          .free = static_cast<std::int64_t>(cuda::memory_info().free)};
+    }
 #endif
-  return memory_table(checkpoint, compute, use);
+    const CpuContext ctx(num_threads);
+    return {.workspace = cpu_step_memory_bytes(ctx, step, model, compute),
+            .free = available_memory()};
+  };
+  return memory_table(checkpoint, compute, use());
 }
 
 // The emulator is for those who ask for it.
@@ -97,7 +102,8 @@ std::unique_ptr<Runner> make_runner(const Checkpoint& checkpoint, const EngineCo
   try {
     return runner_on(on_gpu, checkpoint, config, step, compute, std::move(eos_token_ids));
   } catch (const CapacityError& error) {
-    throw CapacityError(error.what() + table(checkpoint, step, compute, on_gpu));
+    throw CapacityError(error.what() +
+                        table(checkpoint, step, compute, on_gpu, config.num_threads));
   }
 }
 

@@ -5,6 +5,7 @@
 #include "engine/decode_sizes.h"
 #include "engine/runner.h"
 #include "model/transformer.h"
+#include "ops/matmul.h"
 #include "ops/paged_attention.h"
 #include "ops/sample.h"
 
@@ -70,12 +71,33 @@ std::int64_t gpu_reserve_bytes(const StepLimits& limits, const ModelConfig& mode
   return kDriverReserveBytes + nodes * kGraphNodeBytes;
 }
 
-std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& model, bool on_gpu,
-                               DType compute) {
-  const BatchLimits batch = batch_limits(limits, on_gpu);
-  const std::int64_t activations =
-      planned_activation_bytes(model, on_gpu, compute, batch.max_tokens, batch.max_logit_rows);
-  return activations + (on_gpu ? gpu_step_bytes(limits, model) : 0);
+std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
+                            const ModelConfig& model, DType compute) {
+  const auto scratch = [&](std::int64_t outputs, std::int64_t depth, bool swiglu) {
+    Weight weight{.depth = depth, .dtype = compute};
+    weight.blocks[0].rows = outputs;
+    if (swiglu) weight.blocks[1].rows = outputs;
+    return matmul_scratch_bytes(ctx, compute, max_tokens, weight, swiglu);
+  };
+  const std::int64_t query = model.num_heads * model.head_dim;
+  return static_cast<std::int64_t>(
+      std::max({scratch(query, model.hidden_size, false), scratch(model.hidden_size, query, false),
+                scratch(model.intermediate_size, model.hidden_size, true),
+                scratch(model.hidden_size, model.intermediate_size, false)}));
+}
+
+std::int64_t gpu_step_memory_bytes(const StepLimits& limits, const ModelConfig& model,
+                                   DType compute) {
+  const BatchLimits batch = batch_limits(limits, true);
+  return gpu_step_bytes(limits, model) +
+         planned_activation_bytes(model, true, compute, batch.max_tokens, batch.max_logit_rows);
+}
+
+std::int64_t cpu_step_memory_bytes(const CpuContext& ctx, const StepLimits& limits,
+                                   const ModelConfig& model, DType compute) {
+  const BatchLimits batch = batch_limits(limits, false);
+  return cpu_step_bytes(ctx, batch.max_tokens, model, compute) +
+         planned_activation_bytes(model, false, compute, batch.max_tokens, batch.max_logit_rows);
 }
 
 }  // namespace tinyvllm

@@ -8,6 +8,7 @@
 
 #include "base/dtype.h"
 #include "checkpoint/model_config.h"
+#include "ops/cpu_context.h"
 
 namespace tinyvllm {
 
@@ -32,9 +33,15 @@ std::size_t block_table_bytes(const StepLimits& limits);
 std::size_t op_workspace_bytes(const StepLimits& limits, const ModelConfig& model);
 std::int64_t gpu_step_bytes(const StepLimits& limits, const ModelConfig& model);  // all of these
 
-// With the activations: what is taken beside the weights and the KV cache.
-std::int64_t step_memory_bytes(const StepLimits& limits, const ModelConfig& model, bool on_gpu,
-                               DType compute);
+// On the CPU: the scratch memory of a layer's products, of which each thread has its own part.
+std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
+                            const ModelConfig& model, DType compute);
+
+// With the activations: what is taken beside the weights and the KV cache, on a GPU and on the CPU.
+std::int64_t gpu_step_memory_bytes(const StepLimits& limits, const ModelConfig& model,
+                                   DType compute);
+std::int64_t cpu_step_memory_bytes(const CpuContext& ctx, const StepLimits& limits,
+                                   const ModelConfig& model, DType compute);
 
 // On the CPU 40% of what is available, as the weights may still have to be read into the rest.
 constexpr std::int64_t host_kv_cache_budget(std::int64_t available) { return available / 5 * 2; }

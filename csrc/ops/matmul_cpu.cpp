@@ -51,7 +51,12 @@ template <typename X, typename W>
 class Multiplication {
  public:
   Multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, Product<X, W> product)
-      : ctx_(ctx), x_(x), weight_(weight), product_(product), x_operand_(x.row<X>(0)) {}
+      : ctx_(ctx),
+        x_(x),
+        weight_(weight),
+        product_(product),
+        x_operand_(x.row<X>(0)),
+        kernel_floats_(product.pack ? kMatmulScratch : 0) {}
 
   // Cuts each row block into strips of as many outputs as are good for a product, a multiple of
   // `multiple`, but of no more than `most` if that allows it.
@@ -70,19 +75,20 @@ class Multiplication {
     return strips;
   }
 
-  // Before the first product: takes the memory, `floats` of each thread's own for the caller, and
-  // packs x.
-  void prepare(std::int64_t floats = 0) {
-    kernel_floats_ = product_.pack ? kMatmulScratch : 0;
-    thread_floats_ = kernel_floats_ + floats;
+  // The memory that it works in, with `floats` of each thread's own for the caller.
+  std::size_t scratch_bytes(std::int64_t floats = 0) const {
     const std::int64_t packed = product_.pack ? packed_elements(x_.rows, x_.cols) : 0;
-    const auto bytes =
-        static_cast<std::size_t>(ctx_.num_threads() * thread_floats_) * sizeof(float);
-    std::byte* memory = ctx_.scratch(bytes + static_cast<std::size_t>(packed) * sizeof(X));
+    return bytes_of_threads(floats) + static_cast<std::size_t>(packed) * sizeof(X);
+  }
+
+  // Before the first product: takes that memory and packs x.
+  void prepare(std::int64_t floats = 0) {
+    thread_floats_ = kernel_floats_ + floats;
+    std::byte* memory = ctx_.scratch(scratch_bytes(floats));
     memory_ = reinterpret_cast<float*>(memory);
     if constexpr (std::is_same_v<X, BFloat16>) {
       if (product_.pack == nullptr) return;
-      auto* operand = reinterpret_cast<BFloat16*>(memory + bytes);
+      auto* operand = reinterpret_cast<BFloat16*>(memory + bytes_of_threads(floats));
       ctx_.parallel_for(packed_pieces(x_.rows, x_.cols), [&](std::int64_t piece, int) {
         product_.pack({x_.row<X>(0), x_.row_stride, x_.rows, x_.cols, piece, operand});
       });
@@ -110,6 +116,10 @@ class Multiplication {
   }
 
  private:
+  std::size_t bytes_of_threads(std::int64_t floats) const {
+    return static_cast<std::size_t>(ctx_.num_threads() * (kernel_floats_ + floats)) * sizeof(float);
+  }
+
   std::int64_t stored_depth() const {
     const bool panels = weight_.layout == WeightLayout::kPanels;
     return panels ? panel_depth(weight_.dtype, weight_.depth) : weight_.depth;
@@ -120,8 +130,9 @@ class Multiplication {
   const Weight& weight_;
   const Product<X, W> product_;
   const X* x_operand_;
-  float* memory_ = nullptr;  // of each thread: for the kernel, then for the caller
-  std::int64_t kernel_floats_ = 0, thread_floats_ = 0;
+  const std::int64_t kernel_floats_;  // of each thread's memory, for the kernel; then the caller's
+  std::int64_t thread_floats_ = 0;
+  float* memory_ = nullptr;
 };
 
 // Calls f with the Multiplication of these dtypes and this layout.
@@ -185,7 +196,35 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   });
 }
 
+// A strip of gate and the strip of up beside it are activated while they are in the cache. They are
+// so narrow that they find room there beside x, or, where x has none itself, as wide as can be, so
+// that it is read less often.
+struct SwigluStrips {
+  Strips of_each;
+  std::int64_t stride;  // of a row of both, in floats
+};
+
+template <typename M>
+SwigluStrips swiglu_strips(const M& multiplication, TensorView x) {
+  constexpr std::int64_t kCachedFloats = 64 * 1024;
+  const bool cached = x.rows * x.cols <= kCachedOperand;
+  const std::int64_t most = cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs;
+  const Strips strips = multiplication.cut(1, most)[0];
+  return {strips, CpuContext::operand_stride(DType::kFloat32, 2 * strips.outputs)};
+}
+
 }  // namespace
+
+std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
+                                 const Weight& weight, bool swiglu) {
+  const TensorView operand{nullptr, x, rows, weight.depth, weight.depth};
+  std::size_t bytes = 0;
+  with_multiplication(ctx, operand, weight, [&](const auto& multiplication) {
+    const std::int64_t stride = swiglu ? swiglu_strips(multiplication, operand).stride : 0;
+    bytes = multiplication.scratch_bytes(rows * stride);
+  });
+  return bytes;
+}
 
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
   multiply(ctx, x, weight, out, false);
@@ -206,9 +245,6 @@ void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTe
   multiply(ctx, x, weight, residual, true);
 }
 
-// A strip of gate and the strip of up beside it are activated while they are in the cache. They are
-// so narrow that they find room there beside x, or, where x has none itself, as wide as can be, so
-// that it is read less often.
 void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
   const std::array<RowBlock, 3>& blocks = weight.blocks;
   if (x.cols != weight.depth || out.rows != x.rows || blocks[0].rows != out.cols ||
@@ -220,12 +256,8 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
                 "] do not fit; out is [rows of x, rows of gate and up].");
   }
   if (x.rows == 0) return;
-  constexpr std::int64_t kCachedFloats = 64 * 1024;
-  const bool cached = x.rows * x.cols <= kCachedOperand;
-  const std::int64_t most = cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs;
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
-    const Strips strips = multiplication.cut(1, most)[0];
-    const std::int64_t stride = CpuContext::operand_stride(DType::kFloat32, 2 * strips.outputs);
+    const auto [strips, stride] = swiglu_strips(multiplication, x);
     multiplication.prepare(x.rows * stride);
     ctx.parallel_for(strips.count, [&](std::int64_t strip, int worker) {
       const std::int64_t n = strip * strips.outputs;

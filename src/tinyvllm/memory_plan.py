@@ -6,7 +6,7 @@ uses in place. What an engine on the CPU keeps resident, in the terms of the fil
     program       Python, the libraries and the tokenizer
     weights       csrc/model/weights.h: matrices are used where they lie in the mapped files, and
                   are resident once a step has read them; norms, biases and other dtypes are copied
-    activations   csrc/model/transformer.h, for the largest step
+    activations   csrc/model/transformer.h, for the largest step, and what each thread works in
     KV cache      csrc/ops/kv_cache.h: reserved at the start, resident as tokens fill it
 
 and on a GPU, where all of it is allocated at the start (csrc/engine/cuda_runner.cpp):
@@ -60,6 +60,7 @@ class Limits:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     repack_weights: bool = False
+    num_threads: int = 0  # on the CPU; 0: as many as there are cores
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def make_plan(
         limits.max_num_batched_tokens,
         longest,
         BLOCK_SIZE,
+        limits.num_threads,
     )
 
     # As Engine::choose_kv_shape does it.

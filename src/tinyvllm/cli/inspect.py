@@ -74,7 +74,6 @@ Examples:
 )
 @engine_options(
     section="Memory plan",
-    threads=False,
     batch=True,
     max_model_len="A sequence of so many tokens must fit.  [default: as many as memory holds]",
 )
@@ -149,6 +148,7 @@ def _inspect(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=num_seqs,
         max_num_batched_tokens=step_tokens,
         repack_weights=options["repack_weights"],
+        num_threads=options["threads"] or 0,
     )
     plan = make_plan(config, tensors, limits, memory=room.memory, program=room.program)
     sampling, sampling_warnings = _sampling(directory)

@@ -195,7 +195,6 @@ def sampling_options(default_max_tokens: str) -> Callable[[_Function], _Function
 def engine_options(
     *,
     section: str = "Engine",
-    threads: bool = True,
     batch: bool = False,
     max_model_len: str = "Tokens of prompt and output together.  [default: the model's, as far as "
     "memory holds]",
@@ -205,6 +204,12 @@ def engine_options(
     max_model_len: what that is, in words.
     """
     options = [
+        option(
+            "--threads",
+            section=section,
+            type=click.IntRange(1, 1024),
+            help="[default: one a physical core]",
+        ),
         option(
             "--dtype",
             section=section,
@@ -228,16 +233,6 @@ def engine_options(
             "and many sequences.",
         ),
     ]
-    if threads:
-        options.insert(
-            0,
-            option(
-                "--threads",
-                section=section,
-                type=click.IntRange(1, 1024),
-                help="[default: one a physical core]",
-            ),
-        )
     if batch:
         options += [
             option(
