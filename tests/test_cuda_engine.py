@@ -417,6 +417,11 @@ def test_an_engine_that_could_not_be_made_leaves_no_memory_behind(
     assert free[1] == free[0]
 
 
+def test_no_room_for_a_block_says_whose_share_it_was(model: Path) -> None:
+    with pytest.raises(CapacityError, match="not hold one block.*Raise gpu_memory_utilization"):
+        _core.Engine(model, device="cuda", gpu_memory_utilization=1e-6)
+
+
 @pytest.mark.skipif(_core.cuda_build() == "emulated", reason="its graphs take no device memory")
 def test_all_graphs_of_a_model_and_the_driver_stay_within_their_reserve(tmp_path: Path) -> None:
     deep = {**CONFIG, "num_hidden_layers": 32}

@@ -143,10 +143,13 @@ KvShape Engine::choose_kv_shape() const {
   const std::int64_t blocks_a_sequence = (longest + config_.block_size - 1) / config_.block_size;
   const std::int64_t affordable = std::min<std::int64_t>(budget / bytes_per_block, INT32_MAX);
   if (affordable < 1) {
-    throw CapacityError("A KV cache of " + gibibytes(budget) +
-                        " does not hold one block: " + std::to_string(bytes_per_block) +
-                        " bytes for " + std::to_string(config_.block_size) +
-                        " tokens. Raise kv_cache_memory_bytes, or free memory." + memory_table());
+    const char* advice = config_.kv_cache_memory_bytes      ? "Raise kv_cache_memory_bytes."
+                         : runner_->info().device == "cuda" ? "Raise gpu_memory_utilization, or "
+                                                              "free memory of the GPU."
+                                                            : "Free memory.";
+    throw CapacityError("A KV cache of " + gibibytes(budget) + " does not hold one block: " +
+                        std::to_string(bytes_per_block) + " bytes for " +
+                        std::to_string(config_.block_size) + " tokens. " + advice + memory_table());
   }
   shape.num_blocks = config_.kv_cache_memory_bytes
                          ? affordable

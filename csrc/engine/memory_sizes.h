@@ -54,8 +54,9 @@ constexpr std::int64_t gpu_kv_cache_budget(std::int64_t total, std::int64_t used
   return left > 0 ? left : 0;
 }
 
-// What comes only when the KV cache is there: CUDA graphs, recorded when they are first needed, and
-// what the driver then loads, the code of kernels above all.
+// What comes only when the KV cache is there: CUDA graphs, recorded when they are first needed; what
+// the driver then loads, the code of kernels above all; arrays for logprobs and changes of logits,
+// less than a MiB unless thousands of tokens are changed.
 //
 // How many graphs there may be and of how many nodes is known. What a node takes of the card NVIDIA
 // does not document, and we have not measured it: 10,240 bytes is what NVIDIA's own cache of graphs

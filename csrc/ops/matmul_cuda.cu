@@ -24,8 +24,7 @@ namespace tinyvllm {
 namespace cuda {
 namespace {
 
-// --- The streaming kernel
-// -------------------------------------------------------------------------
+// --- The streaming kernel ------------------------------------------------------------------------
 
 // Output tiles of 16, row tiles of 8, elements of the depth a step, steps in the ring. What a block
 // keeps in flight is kept below half of a multiprocessor's shared memory where it can be, so that
@@ -140,8 +139,7 @@ void run_streaming(const CudaContext& ctx, const MatmulCall& call, const MatmulP
   });
 }
 
-// --- The other kernels
-// ----------------------------------------------------------------------------
+// --- The other kernels ---------------------------------------------------------------------------
 
 template <typename X, typename W, typename Out>
 void launch_plain(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
@@ -193,8 +191,7 @@ void run_cublaslt(const CudaContext& ctx, TensorView x, const Weight& weight, Mu
                           x.data, weight.blocks[0].data, out.data, rank);
 }
 
-// --- Checks
-// ---------------------------------------------------------------------------------------
+// --- Checks --------------------------------------------------------------------------------------
 
 std::string text_of(TensorView view) {
   return "[" + std::to_string(view.rows) + ", " + std::to_string(view.cols) + "] " +
@@ -262,8 +259,7 @@ bool can_fuse_norm(const CudaContext& ctx, const MatmulCall& call, int shape) {
          fits(ctx, shape, call.weight->depth, call.x.rows, true);
 }
 
-// --- Plans
-// ----------------------------------------------------------------------------------------
+// --- Plans ---------------------------------------------------------------------------------------
 
 consteval MatmulPlan streaming(const Parameters& shape, int blocks_per_multiprocessor,
                                bool fuses_norm = false) {
