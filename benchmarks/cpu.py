@@ -37,6 +37,7 @@ def _rows_of(model: str, title: str, prefix: str, musts: dict[str, float]) -> li
             model,
             "decode",
             must=musts["decode"],
+            variants=_REPACKED,
         ),
         Row(
             f"{prefix}prefill",
