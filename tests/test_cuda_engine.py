@@ -418,7 +418,7 @@ def test_an_engine_that_could_not_be_made_leaves_no_memory_behind(
 
 
 def test_no_room_for_a_block_says_whose_share_it_was(model: Path) -> None:
-    with pytest.raises(CapacityError, match="not hold one block.*Raise gpu_memory_utilization"):
+    with pytest.raises(CapacityError, match=r"not hold one block.*Raise gpu_memory_utilization"):
         _core.Engine(model, device="cuda", gpu_memory_utilization=1e-6)
 
 

@@ -586,7 +586,7 @@ def test_a_max_model_len_that_the_pool_does_not_hold_is_refused_with_the_numbers
 def test_a_pool_that_holds_no_block_is_refused_with_the_numbers(model: Path) -> None:
     with pytest.raises(
         CapacityError,
-        match=f"not hold one block: {BYTES_PER_TOKEN * 16} bytes for 16 tokens. "
+        match=rf"not hold one block: {BYTES_PER_TOKEN * 16} bytes for 16 tokens\. "
         "Raise kv_cache_memory_bytes",
     ):
         engine_of(model, num_blocks=None, kv_cache_memory_bytes=100)
