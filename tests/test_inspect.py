@@ -159,7 +159,12 @@ def test_what_will_not_fit_is_exit_4_with_the_report_on_stdout() -> None:
     result = inspect("llama-3.1-8b", "--memory", "12G")
     assert result.returncode == 4
     assert b"does not fit" in result.stdout
-    assert result.stderr.startswith(b"tinyvllm: error: it will not fit: 15.")
+    said = re.match(rb"tinyvllm: error: it will not fit: ([0-9.]+) GiB without KV", result.stderr)
+    assert said
+    memory = report("llama-3.1-8b", "--memory", "12G", code=4)["memory"]
+    without_cache = (memory["needed"] - memory["kv_cache"]) / 2**30
+    assert float(said[1]) == pytest.approx(without_cache, abs=0.02)
+    assert 0 < without_cache - memory["weights"] / 2**30 < 1
     assert b"12.00 GiB" in result.stderr
     assert result.stderr.count(b"\n") == 1
 

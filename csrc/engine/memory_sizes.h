@@ -8,9 +8,10 @@
 
 #include "base/dtype.h"
 #include "checkpoint/model_config.h"
-#include "ops/cpu_context.h"
 
 namespace tinyvllm {
+
+class CpuContext;
 
 struct StepLimits {
   std::int64_t max_tokens, max_sequences;  // of a step, without padding
