@@ -52,6 +52,10 @@ def multiply(device: Any, layout: str, x: Array, *blocks: Array) -> Array:
         (33, 7, 8200),  # more rows than a block of x in the cache has
         (33, 193, 31),
         (300, 33, 1100),
+        # AMX takes 8 or 16 outputs at a time that lie far apart, and 4 are left.
+        (1, 1700, 70),
+        (20, 1700, 70),
+        (50, 1700, 70),
     ],
 )
 def test_matmul_matches_float64(

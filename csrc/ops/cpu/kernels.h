@@ -62,8 +62,18 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
 // An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
 inline constexpr std::int64_t kCachedOperand = 512 * 1024;
 
-// Of such a product: the sums of a share that wait in memory, and the most outputs of a share.
-inline constexpr std::int64_t kMatmulScratch = 128 * 1024, kMostPackedOutputs = 256;
+// What is packed as it lies: one row of whole steps.
+constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
+  return num_rows == 1 && depth % kPackedDepth == 0;
+}
+
+// With so few rows of x each weight is needed once, as it comes from memory.
+inline constexpr std::int64_t kStreamedRows = 64;
+
+// Of a product with packed x: the sums of a share that wait in memory, and the most outputs of a
+// share, with many rows and with few.
+inline constexpr std::int64_t kMatmulScratch = 128 * 1024;
+inline constexpr std::int64_t kMostPackedOutputs = 256, kMostStreamedOutputs = 1024;
 
 // The outputs that lie side by side in a panel, and the elements of k that it has of each: those of
 // whole lanes of 32 bits. The panel that begins with output n begins at element n * panel_depth.

@@ -8,85 +8,16 @@
 //
 // At this rate what matters is where the operands are. The sums of 32 outputs and 32 rows of x stay in
 // registers for a block of the depth; between blocks they wait in memory as tiles, where others are
-// multiplied in between. With few rows of x, weights are multiplied as they come from memory. With
-// more they are used again and again: a block of them is copied, so that it fits the L1 cache (as rows
-// they lie too far apart for its sets), and the next one is prefetched meanwhile
-// (docs/performance-cpu.md has the numbers).
+// multiplied in between. With few rows of x, weights are multiplied as they come from memory, those in
+// rows by matmul_amx_streams.h. With more they are used again and again: a block of them is copied, so
+// that it fits the L1 cache (as rows they lie too far apart for its sets), and the next one is
+// prefetched meanwhile (docs/performance-cpu.md has the numbers).
 #pragma once
 
-#include "ops/cpu/amx.h"
-#include "ops/cpu/kernels.h"
+#include "ops/cpu/matmul_amx_operands.h"
+#include "ops/cpu/matmul_amx_streams.h"
 
 namespace tinyvllm::TINYVLLM_ISA {
-
-static_assert(kTileSide == kPackedRows && kTileDepth == kPackedDepth);
-static_assert(kPanelOutputs == 2 * kTileSide);
-
-struct Range {
-  std::int64_t first, end;
-  std::int64_t size() const { return end - first; }
-};
-
-// The steps of k of one block of the depth: blocks are as equal as can be.
-inline Range steps_of(std::int64_t block, std::int64_t depth) {
-  const std::int64_t steps = (depth + kTileDepth - 1) / kTileDepth, blocks = packed_blocks(depth);
-  return {steps * block / blocks, steps * (block + 1) / blocks};
-}
-
-// Packed x is [block of the depth][block of rows][step][tile]. With fewer than 16 rows in all, tiles
-// have so many rows, or columns, and no more: a single row is packed as it lies.
-struct PackedX {
-  std::int64_t num_rows;
-
-  std::int64_t row_blocks() const { return (num_rows + kTileSide - 1) / kTileSide; }
-  std::int64_t tile_rows() const { return num_rows < kTileSide ? num_rows : kTileSide; }
-  std::int64_t tile_size() const { return tile_rows() * kTileDepth; }
-  std::int64_t offset(std::int64_t row_block, Range steps) const {
-    return (steps.first * row_blocks() + steps.size() * row_block) * tile_size();
-  }
-};
-
-// A step of a row, of which there are `count` elements; zeros for the others.
-TINYVLLM_INLINE __m512i load_step(const BFloat16* p, std::int64_t count) {
-  if (count >= kTileDepth) return _mm512_loadu_si512(p);
-  const auto mask = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
-  return _mm512_maskz_loadu_epi16(mask, p);
-}
-
-// Whether it is weights in rows that are turned: the fewer of their tiles and of those of sums.
-constexpr bool turns_weights(std::int64_t num_rows, std::int64_t depth) {
-  return depth / kTileDepth < num_rows / kTileSide;
-}
-
-// kLeft: into left operands.
-template <bool kLeft>
-void pack_operands(const PackShare& share) {
-  const PackedX x{share.num_rows};
-  const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
-  const Range steps = steps_of(block, share.depth);
-  const std::int64_t row = row_block * kTileSide, rest = share.num_rows - row;
-  const std::int64_t rows = rest < kTileSide ? rest : kTileSide;
-  const auto columns = static_cast<__mmask16>((1u << x.tile_rows()) - 1);
-  BFloat16* out = share.packed + x.offset(row_block, steps);
-  for (std::int64_t step = steps.first; step < steps.end; ++step, out += x.tile_size()) {
-    const std::int64_t k = step * kTileDepth;
-    Float tile[kTileSide] = {};
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const BFloat16* from = share.x + (row + i) * share.x_stride + k;
-      tile[i] = _mm512_castsi512_ps(load_step(from, share.depth - k));
-    }
-    if constexpr (kLeft) {
-      for (std::int64_t i = 0; i < x.tile_rows(); ++i) {
-        __builtin_memcpy(out + i * kTileDepth, &tile[i], kTileRowBytes);
-      }
-    } else {
-      transpose(tile);  // of pairs
-      for (std::int64_t i = 0; i < kTileSide; ++i) {
-        _mm512_mask_storeu_ps(out + i * x.tile_rows() * 2, columns, tile[i]);
-      }
-    }
-  }
-}
 
 template <bool kPanels>
 void pack_rows(const PackShare& share) {
@@ -161,7 +92,7 @@ class TileProduct {
   // The outputs and blocks of rows that are done at a time.
   void multiply() {
     const std::int64_t blocks = packed_blocks(share_.depth);
-    few_rows_ = rows_.size() <= kFewRows / kTileSide;
+    few_rows_ = kPanels && rows_.size() <= kStreamedRows / kTileSide;
     sums_stay_ = rows_.size() <= 2 && outputs_.size() <= kPanelOutputs;
     for (std::int64_t block = 0; block < blocks; ++block) {
       steps_ = steps_of(block, share_.depth);
@@ -209,7 +140,7 @@ class TileProduct {
   Weights prepare(std::int64_t n) {
     const Weights weights = weights_at(n, steps_.first);
     const std::int64_t outputs = smaller(share_.num_outputs - n, kPanelOutputs);
-    if (kPanels || (!kRight && few_rows_ && outputs == kPanelOutputs)) {
+    if (kPanels) {
       if (weights.whole_steps < steps_.size()) copy_last_step(weights);
       return weights;
     }
@@ -243,17 +174,16 @@ class TileProduct {
     }
   }
 
-  // A step that is not whole is always multiplied from a copy, with zeros for what is missing.
+  // A step of panels that is not whole is multiplied from a copy, with zeros for what is missing.
   void copy_last_step(const Weights& weights) {
-    const std::int64_t step = weights.whole_steps;
-    const std::int64_t depth = depth_from(step), pairs = (depth + 1) / 2;
-    for (std::int64_t i = 0; i < kPanelOutputs; ++i) {
-      const std::int64_t tile = i / kTileSide, row = i % kTileSide;
-      const BFloat16* from =
-          weights.first + step * weights.step + tile * weights.tile + row * weights.row;
-      __m512i part{};
-      if (!kPanels || row < pairs) part = load_step(from, kPanels ? kTileDepth : depth);
-      _mm512_store_si512(copies_[step][tile][row], part);
+    const std::int64_t step = weights.whole_steps, pairs = (depth_from(step) + 1) / 2;
+    const BFloat16* from = weights.first + step * weights.step;
+    for (auto& copy : copies_[step]) {
+      for (std::int64_t i = 0; i < kTileSide; ++i) {
+        const __m512i pair = i < pairs ? _mm512_loadu_si512(from + i * weights.row) : __m512i{};
+        _mm512_store_si512(copy[i], pair);
+      }
+      from += weights.tile;
     }
   }
 
@@ -262,28 +192,13 @@ class TileProduct {
     return share_.depth - (steps_.first + step) * kTileDepth;
   }
 
-  // Of panels, all lines of what is multiplied a few steps later, which is behind the last step of these outputs
-  // the first one of the next.
+  // All lines of what is multiplied a few steps later, which is behind the last step of these outputs the
+  // first one of the next.
   Prefetch next_steps(std::int64_t n) const {
     const std::int64_t all = (share_.depth + kTileDepth - 1) / kTileDepth;
     const std::int64_t step = steps_.first + kStepsAhead;
     return {weights_at(n, step).first, weights_at(n + kPanelOutputs, step - all).first, all - step,
             kPanelOutputs};
-  }
-
-  // Of rows, with each step four lines of each of eight: memory gives more in the order in which it
-  // lies. (A call in the loop of tiles would take back half of what that gains.)
-  TINYVLLM_INLINE void prefetch_rows(const Weights& weights, std::int64_t step) const {
-    constexpr std::int64_t kRows = kPanelOutputs / kStepsAhead;
-    const std::int64_t part = step % kStepsAhead, ahead = step - part + kStepsAhead;
-    const BFloat16* from = weights.first + part * kRows * weights.row;
-    from += ahead * kTileDepth < share_.depth ? ahead * weights.step : kPanelOutputs * weights.row;
-    for (std::int64_t row = 0; row < kRows; ++row, from += weights.row) {
-#pragma GCC unroll 4
-      for (std::int64_t i = 0; i < kStepsAhead; ++i) {
-        __builtin_prefetch(from + i * kTileDepth, 0, 2);
-      }
-    }
   }
 
   // The next block of weights, in equal parts.
@@ -347,14 +262,10 @@ class TileProduct {
     if (last_) prefetch_out(row, kTiles, n);
     const Weights in_memory = weights_at(n, 0);
     for (std::int64_t step = 0; step < weights.whole_steps; ++step) {
-      if (!kPanels && few_rows_) {
-        if (prefetch.lines > 0) prefetch_rows(in_memory, steps_.first + step);
-      } else {
-        const BFloat16* lines = step < prefetch.wrap ? prefetch.from : prefetch.wrapped;
-        lines += step * in_memory.step;
-        for (std::int64_t i = 0; i < prefetch.lines; ++i, lines += in_memory.line) {
-          __builtin_prefetch(lines, 0, 2);
-        }
+      const BFloat16* lines = step < prefetch.wrap ? prefetch.from : prefetch.wrapped;
+      lines += step * in_memory.step;
+      for (std::int64_t i = 0; i < prefetch.lines; ++i, lines += in_memory.line) {
+        __builtin_prefetch(lines, 0, 2);
       }
       multiply_step(weights.first + step * weights.step, weights.tile, 2 * weights.row);
     }
@@ -375,7 +286,8 @@ class TileProduct {
     if (!last_) return;
     for_each_sum(kTiles, [&]<int kW, int kX>() {
       const std::int64_t m = (row + kX) * kTileSide, o = n + kW * kTileSide;
-      if (!is_whole(m, o)) write(m, o, out + sum_tile(kW, kX) * kTileFloats);
+      if (is_whole(m, o)) return;
+      write_sums<!kRight>(share_, m, o, share_.num_outputs, out + sum_tile(kW, kX) * kTileFloats);
     });
   }
 
@@ -394,30 +306,12 @@ class TileProduct {
     }
   }
 
-  // The outputs from n on, of the rows from `row` on: a tile of sums, or what there is of it.
-  void write(std::int64_t row, std::int64_t n, const float* sums) const {
-    if (n >= share_.num_outputs) return;
-    const std::int64_t rows = smaller(share_.num_rows - row, kTileSide);
-    Float tile[kTileSide];
-    for (int i = 0; i < kTileSide; ++i) tile[i] = load(sums + i * kTileSide);
-    if (!kRight) transpose(tile);
-    const std::int64_t outputs = share_.num_outputs - n;
-    const auto mask = static_cast<__mmask16>(outputs < kTileSide ? (1u << outputs) - 1 : 0xffffu);
-    const Float bias = share_.bias ? _mm512_maskz_loadu_ps(mask, share_.bias + n) : Float{};
-    for (std::int64_t i = 0; i < rows; ++i) {
-      float* out = share_.out + (row + i) * share_.out_stride + n;
-      Float total = share_.bias ? tile[i] + bias : tile[i];
-      if (share_.accumulate) total = _mm512_maskz_loadu_ps(mask, out) + total;
-      _mm512_mask_storeu_ps(out, mask, total);
-    }
-  }
-
-  static constexpr std::int64_t kFewRows = 64, kStepsAhead = 4;
+  static constexpr std::int64_t kStepsAhead = 4;
 
   const MatmulShare<BFloat16, BFloat16>& share_;
   const PackedX x_;
   Range rows_{}, outputs_{};  // of a call of multiply: blocks of 16 rows, and outputs
-  bool few_rows_{};           // no more than kFewRows
+  bool few_rows_{};           // whose weights are multiplied as they come from memory
   bool sums_stay_{};          // in registers, from one block of the depth to the next
   Range steps_{};             // of a block of the depth, which is
   bool first_{}, last_{};     // the first or last one
@@ -428,6 +322,8 @@ template <bool kPanels>
 void matmul_tiles(const MatmulShare<BFloat16, BFloat16>& share) {
   if (kPanels || turns_weights(share.num_rows, share.depth)) {
     TileProduct<kPanels, true>(share).run();
+  } else if (share.num_rows <= kStreamedRows) {
+    multiply_streams(share);
   } else {
     TileProduct<false, false>(share).run();
   }
