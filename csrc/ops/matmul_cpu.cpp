@@ -1,36 +1,24 @@
 #include <algorithm>
+#include <optional>
+#include <span>
 #include <string>
 #include <type_traits>
 
 #include "base/errors.h"
+#include "ops/cpu/strips.h"
 #include "ops/logit_maxima.h"
 #include "ops/matmul.h"
 
 namespace tinyvllm {
 namespace {
 
-// A share of the work is a strip of outputs, for all rows of x: large enough that its rows of
-// weights are long runs of memory, small enough that the threads end at about the same time.
-constexpr std::int64_t kStripBytes = 1024 * 1024;
-constexpr std::int64_t kStripsPerThread = 4;
+// Strips are of so many bytes of weights at the most where a kernel knows no better, and at least of
+// so many that reading them takes long beside finding the way into them.
+constexpr std::int64_t kStripBytes = 1024 * 1024, kLeastStripBytes = 256 * 1024;
+// With more rows of x, where vectors are at work longer than the memory, all strips are alike, and so
+// many for each thread.
+constexpr std::int64_t kMostReadingRows = 16, kStripsPerThread = 4;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
-
-// How `rows` outputs of a row block are cut into strips: `count` of them, the last one shorter.
-struct Strips {
-  std::int64_t count, outputs;
-
-  std::int64_t size(std::int64_t strip, std::int64_t rows) const {
-    return std::min(outputs, rows - strip * outputs);
-  }
-};
-
-Strips cut_into_strips(std::int64_t rows, std::int64_t most_outputs, std::int64_t multiple) {
-  if (rows == 0) return {0, 0};
-  const std::int64_t count = (rows + most_outputs - 1) / most_outputs;
-  const std::int64_t even = (rows + count - 1) / count;
-  const std::int64_t outputs = (even + multiple - 1) / multiple * multiple;
-  return {(rows + outputs - 1) / outputs, outputs};
-}
 
 // A set of kernels for one pair of dtypes and one layout of weights.
 template <typename X, typename W>
@@ -58,21 +46,20 @@ class Multiplication {
         x_operand_(x.row<X>(0)),
         kernel_floats_(product.pack ? kMatmulScratch : 0) {}
 
-  // Cuts each row block into strips of as many outputs as are good for a product, a multiple of
-  // `multiple`, but of no more than `most` if that allows it.
-  std::array<Strips, 3> cut(std::int64_t multiple, std::int64_t most) const {
+  // The strips of `blocks`, of a multiple of `multiple` outputs each, and no more than `most` if that
+  // allows it.
+  Strips strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t most) const {
     const bool panels = weight_.layout == WeightLayout::kPanels;
     multiple = std::max(multiple, panels || product_.pack ? kPanelOutputs : kTileOutputs);
-    const std::int64_t row_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
-    const std::int64_t by_kernel =
-        product_.pack ? kMostPackedOutputs : kStripBytes / (row_bytes + 1);
+    const std::int64_t stored_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
+    const std::int64_t row_bytes = std::max<std::int64_t>(stored_bytes, 1);
+    const bool few_rows = x_.rows <= (product_.pack ? kStreamedRows : kMostReadingRows);
+    const std::int64_t packed_most = few_rows ? kMostStreamedOutputs : kMostPackedOutputs;
+    most = std::min(most, product_.pack ? packed_most : kStripBytes / row_bytes);
     const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
-    most = std::max(multiple, std::min({most, by_kernel, by_threads}));
-    std::array<Strips, 3> strips;
-    for (std::size_t i = 0; i < strips.size(); ++i) {
-      strips[i] = cut_into_strips(weight_.blocks[i].rows, most, multiple);
-    }
-    return strips;
+    if (!few_rows) most = std::min(most, by_threads);
+    const std::int64_t least = few_rows ? std::min(kLeastStripBytes / row_bytes, by_threads) : most;
+    return {blocks, multiple, std::min(least, most), most, ctx_.num_threads()};
   }
 
   // The memory that it works in, with `floats` of each thread's own for the caller.
@@ -87,7 +74,7 @@ class Multiplication {
     std::byte* memory = ctx_.scratch(scratch_bytes(floats));
     memory_ = reinterpret_cast<float*>(memory);
     if constexpr (std::is_same_v<X, BFloat16>) {
-      if (product_.pack == nullptr) return;
+      if (product_.pack == nullptr || lies_packed(x_.rows, x_.cols)) return;
       auto* operand = reinterpret_cast<BFloat16*>(memory + bytes_of_threads(floats));
       ctx_.parallel_for(packed_pieces(x_.rows, x_.cols), [&](std::int64_t piece, int) {
         product_.pack({x_.row<X>(0), x_.row_stride, x_.rows, x_.cols, piece, operand});
@@ -172,45 +159,38 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   if (x.rows == 0) return;
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
     multiplication.prepare();
-    const std::array<Strips, 3> strips =
-        multiplication.cut(maxima ? kLogitBlock : 1, weight.outputs());
-    ctx.parallel_for(
-        strips[0].count + strips[1].count + strips[2].count, [&](std::int64_t strip, int worker) {
-          std::int64_t first_output = 0;
-          std::size_t i = 0;
-          for (; strip >= strips[i].count; ++i) {
-            strip -= strips[i].count;
-            first_output += weight.blocks[i].rows;
-          }
-          const std::int64_t n = strip * strips[i].outputs;
-          const std::int64_t num_outputs = strips[i].size(strip, weight.blocks[i].rows);
-          multiplication.multiply(
-              weight.blocks[i], n, num_outputs,
-              {out.row<float>(0) + first_output + n, out.row_stride, accumulate}, worker);
-          if (maxima == nullptr) return;
-          for (std::int64_t row = 0; row < x.rows; ++row) {
-            logit_maxima(ctx, {out.row<float>(row) + n, static_cast<std::size_t>(num_outputs)},
-                         maxima->row<float>(row) + n / kLogitBlock);
-          }
-        });
+    Strips strips =
+        multiplication.strips(weight.blocks, maxima ? kLogitBlock : 1, weight.outputs());
+    ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
+      while (const std::optional<Strip> strip = strips.take()) {
+        multiplication.multiply(weight.blocks[strip->block], strip->n, strip->num_outputs,
+                                {out.row<float>(0) + strip->column, out.row_stride, accumulate},
+                                worker);
+        if (maxima == nullptr) continue;
+        for (std::int64_t row = 0; row < x.rows; ++row) {
+          const float* logits = out.row<float>(row) + strip->n;
+          logit_maxima(ctx, {logits, static_cast<std::size_t>(strip->num_outputs)},
+                       maxima->row<float>(row) + strip->n / kLogitBlock);
+        }
+      }
+    });
   });
 }
 
 // A strip of gate and the strip of up beside it are activated while they are in the cache. They are
 // so narrow that they find room there beside x, or, where x has none itself, as wide as can be, so
 // that it is read less often.
-struct SwigluStrips {
-  Strips of_each;
-  std::int64_t stride;  // of a row of both, in floats
-};
-
 template <typename M>
-SwigluStrips swiglu_strips(const M& multiplication, TensorView x) {
+Strips swiglu_strips(const M& multiplication, TensorView x, const RowBlock& gate) {
   constexpr std::int64_t kCachedFloats = 64 * 1024;
   const bool cached = x.rows * x.cols <= kCachedOperand;
-  const std::int64_t most = cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs;
-  const Strips strips = multiplication.cut(1, most)[0];
-  return {strips, CpuContext::operand_stride(DType::kFloat32, 2 * strips.outputs)};
+  return multiplication.strips({&gate, 1}, 1,
+                               cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs);
+}
+
+// Of a row of both strips, in floats.
+std::int64_t swiglu_stride(const Strips& strips) {
+  return CpuContext::operand_stride(DType::kFloat32, 2 * strips.most_outputs());
 }
 
 }  // namespace
@@ -220,7 +200,8 @@ std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t ro
   const TensorView operand{nullptr, x, rows, weight.depth, weight.depth};
   std::size_t bytes = 0;
   with_multiplication(ctx, operand, weight, [&](const auto& multiplication) {
-    const std::int64_t stride = swiglu ? swiglu_strips(multiplication, operand).stride : 0;
+    std::int64_t stride = 0;
+    if (swiglu) stride = swiglu_stride(swiglu_strips(multiplication, operand, weight.blocks[0]));
     bytes = multiplication.scratch_bytes(rows * stride);
   });
   return bytes;
@@ -257,20 +238,22 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
   }
   if (x.rows == 0) return;
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
-    const auto [strips, stride] = swiglu_strips(multiplication, x);
+    Strips strips = swiglu_strips(multiplication, x, blocks[0]);
+    const std::int64_t stride = swiglu_stride(strips);
     multiplication.prepare(x.rows * stride);
-    ctx.parallel_for(strips.count, [&](std::int64_t strip, int worker) {
-      const std::int64_t n = strip * strips.outputs;
-      const std::int64_t num_outputs = strips.size(strip, out.cols);
-      float* gate = multiplication.floats_of(worker);
-      float* up = gate + num_outputs;
-      multiplication.multiply(blocks[0], n, num_outputs, {gate, stride}, worker);
-      multiplication.multiply(blocks[1], n, num_outputs, {up, stride}, worker);
-      for (std::int64_t row = 0; row < x.rows; ++row, gate += stride, up += stride) {
-        if (out.dtype == DType::kFloat32) {
-          ctx.kernels().silu_mul_f32(gate, up, num_outputs, out.row<float>(row) + n);
-        } else {
-          ctx.kernels().silu_mul_bf16(gate, up, num_outputs, out.row<BFloat16>(row) + n);
+    ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
+      while (const std::optional<Strip> strip = strips.take()) {
+        const auto& [block, n, num_outputs, column] = *strip;
+        float* gate = multiplication.floats_of(worker);
+        float* up = gate + num_outputs;
+        multiplication.multiply(blocks[0], n, num_outputs, {gate, stride}, worker);
+        multiplication.multiply(blocks[1], n, num_outputs, {up, stride}, worker);
+        for (std::int64_t row = 0; row < x.rows; ++row, gate += stride, up += stride) {
+          if (out.dtype == DType::kFloat32) {
+            ctx.kernels().silu_mul_f32(gate, up, num_outputs, out.row<float>(row) + n);
+          } else {
+            ctx.kernels().silu_mul_bf16(gate, up, num_outputs, out.row<BFloat16>(row) + n);
+          }
         }
       }
     });
