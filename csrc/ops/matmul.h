@@ -57,8 +57,8 @@ void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
 //   out     [num_rows, rows of gate]  float32 or bfloat16
 void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 
-// The scratch memory (CpuContext::scratch) that the products above take on this context with so many
-// rows of x, at least one; swiglu: matmul_swiglu. Of the weight only its shape counts.
+// The most scratch memory (CpuContext::scratch) that the products above take on this context with up
+// to so many rows of x; swiglu: matmul_swiglu. Of the weight only its shape counts.
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
                                  const Weight& weight, bool swiglu);
 

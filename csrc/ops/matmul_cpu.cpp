@@ -12,12 +12,14 @@
 namespace tinyvllm {
 namespace {
 
-// Strips are of so many bytes of weights at the most where a kernel knows no better, and at least of
-// so many that reading them takes long beside finding the way into them.
+// Strips have up to so many bytes of weights, or, with packed x, as many outputs as kernels.h says; and
+// so many at least that to begin one costs little.
 constexpr std::int64_t kStripBytes = 1024 * 1024, kLeastStripBytes = 256 * 1024;
-// With more rows of x, where vectors are at work longer than the memory, all strips are alike, and so
-// many for each thread.
-constexpr std::int64_t kMostReadingRows = 16, kStripsPerThread = 4;
+// There are as many for each thread at least, if the matrix is large enough.
+constexpr std::int64_t kStripsPerThread = 4;
+// With more rows of x than that (kStreamedRows where it is packed) arithmetic takes longer than
+// reading, and all strips are alike.
+constexpr std::int64_t kMemoryBoundRows = 16;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 
 // A set of kernels for one pair of dtypes and one layout of weights.
@@ -53,7 +55,7 @@ class Multiplication {
     multiple = std::max(multiple, panels || product_.pack ? kPanelOutputs : kTileOutputs);
     const std::int64_t stored_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
     const std::int64_t row_bytes = std::max<std::int64_t>(stored_bytes, 1);
-    const bool few_rows = x_.rows <= (product_.pack ? kStreamedRows : kMostReadingRows);
+    const bool few_rows = x_.rows <= (product_.pack ? kStreamedRows : kMemoryBoundRows);
     const std::int64_t packed_most = few_rows ? kMostStreamedOutputs : kMostPackedOutputs;
     most = std::min(most, product_.pack ? packed_most : kStripBytes / row_bytes);
     const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
@@ -68,7 +70,7 @@ class Multiplication {
     return bytes_of_threads(floats) + static_cast<std::size_t>(packed) * sizeof(X);
   }
 
-  // Before the first product: takes that memory and packs x.
+  // Before the first product: takes that memory and packs x, unless it lies packed.
   void prepare(std::int64_t floats = 0) {
     thread_floats_ = kernel_floats_ + floats;
     std::byte* memory = ctx_.scratch(scratch_bytes(floats));
@@ -197,14 +199,16 @@ std::int64_t swiglu_stride(const Strips& strips) {
 
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
                                  const Weight& weight, bool swiglu) {
-  const TensorView operand{nullptr, x, rows, weight.depth, weight.depth};
-  std::size_t bytes = 0;
-  with_multiplication(ctx, operand, weight, [&](const auto& multiplication) {
-    std::int64_t stride = 0;
-    if (swiglu) stride = swiglu_stride(swiglu_strips(multiplication, operand, weight.blocks[0]));
-    bytes = multiplication.scratch_bytes(rows * stride);
-  });
-  return bytes;
+  std::size_t most = 0;
+  for (std::int64_t m = 1; m <= rows; ++m) {  // strips are wider with fewer of them
+    const TensorView operand{nullptr, x, m, weight.depth, weight.depth};
+    with_multiplication(ctx, operand, weight, [&](const auto& multiplication) {
+      std::int64_t stride = 0;
+      if (swiglu) stride = swiglu_stride(swiglu_strips(multiplication, operand, weight.blocks[0]));
+      most = std::max(most, multiplication.scratch_bytes(m * stride));
+    });
+  }
+  return most;
 }
 
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out) {
@@ -243,7 +247,7 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
     multiplication.prepare(x.rows * stride);
     ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
       while (const std::optional<Strip> strip = strips.take()) {
-        const auto& [block, n, num_outputs, column] = *strip;
+        const std::int64_t n = strip->n, num_outputs = strip->num_outputs;
         float* gate = multiplication.floats_of(worker);
         float* up = gate + num_outputs;
         multiplication.multiply(blocks[0], n, num_outputs, {gate, stride}, worker);

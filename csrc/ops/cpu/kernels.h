@@ -35,7 +35,7 @@ struct MatmulShare {
   float* scratch;  // [kMatmulScratch], aligned to 64 bytes; null where x is not packed
 };
 
-// AMX wants x packed (matmul_amx_kernel.h), which is done once for all shares of a product, a piece at
+// AMX wants x packed (matmul_amx_operands.h), which is done once for all shares of a product, a piece at
 // a time: 16 rows or what is left of them, in one block of the depth. Its blocks are of up to
 // kPackedSteps steps of kPackedDepth elements, the last step filled up with zeros. `x` of a
 // MatmulShare is then the packed one.
@@ -62,12 +62,12 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
 // An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
 inline constexpr std::int64_t kCachedOperand = 512 * 1024;
 
-// What is packed as it lies: one row of whole steps.
+// What need not be packed, because it would look the same: one row of whole steps.
 constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
   return num_rows == 1 && depth % kPackedDepth == 0;
 }
 
-// With so few rows of x each weight is needed once, as it comes from memory.
+// With up to so many rows of x each weight is read from memory once and not copied.
 inline constexpr std::int64_t kStreamedRows = 64;
 
 // Of a product with packed x: the sums of a share that wait in memory, and the most outputs of a

@@ -9,8 +9,8 @@
 // At this rate what matters is where the operands are. The sums of 32 outputs and 32 rows of x stay in
 // registers for a block of the depth; between blocks they wait in memory as tiles, where others are
 // multiplied in between. With few rows of x, weights are multiplied as they come from memory, those in
-// rows by matmul_amx_streams.h. With more they are used again and again: a block of them is copied, so
-// that it fits the L1 cache (as rows they lie too far apart for its sets), and the next one is
+// rows by matmul_amx_streams.h. With more they are used again and again: a block of rows is copied, so
+// that it fits the L1 cache (as they lie they are too far apart for its sets), and the next one is
 // prefetched meanwhile (docs/performance-cpu.md has the numbers).
 #pragma once
 
@@ -18,6 +18,41 @@
 #include "ops/cpu/matmul_amx_streams.h"
 
 namespace tinyvllm::TINYVLLM_ISA {
+
+// Whether it is weights in rows that are turned: the fewer of their tiles and of those of sums.
+constexpr bool turns_weights(std::int64_t num_rows, std::int64_t depth) {
+  return depth / kTileDepth < num_rows / kTileSide;
+}
+
+// kLeft: into left operands.
+template <bool kLeft>
+void pack_operands(const PackShare& share) {
+  const PackedX x{share.num_rows};
+  const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
+  const Range steps = steps_of(block, share.depth);
+  const std::int64_t row = row_block * kTileSide, rest = share.num_rows - row;
+  const std::int64_t rows = rest < kTileSide ? rest : kTileSide;
+  const auto columns = static_cast<__mmask16>((1u << x.tile_rows()) - 1);
+  BFloat16* out = share.packed + x.offset(row_block, steps);
+  for (std::int64_t step = steps.first; step < steps.end; ++step, out += x.tile_size()) {
+    const std::int64_t k = step * kTileDepth;
+    Float tile[kTileSide] = {};
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const BFloat16* from = share.x + (row + i) * share.x_stride + k;
+      tile[i] = _mm512_castsi512_ps(load_step(from, share.depth - k));
+    }
+    if constexpr (kLeft) {
+      for (std::int64_t i = 0; i < x.tile_rows(); ++i) {
+        __builtin_memcpy(out + i * kTileDepth, &tile[i], kTileRowBytes);
+      }
+    } else {
+      transpose(tile);  // of pairs
+      for (std::int64_t i = 0; i < kTileSide; ++i) {
+        _mm512_mask_storeu_ps(out + i * x.tile_rows() * 2, columns, tile[i]);
+      }
+    }
+  }
+}
 
 template <bool kPanels>
 void pack_rows(const PackShare& share) {
@@ -27,10 +62,6 @@ void pack_rows(const PackShare& share) {
     pack_operands<false>(share);
   }
 }
-
-// The tile registers: two of weights, two of x, and the sums of each with each.
-inline constexpr int kWeightTile = 4, kXTile = 6;
-constexpr int sum_tile(int w, int x) { return 2 * x + w; }
 
 // The weights are right operands, or left ones.
 template <bool kPanels, bool kRight>
@@ -92,7 +123,7 @@ class TileProduct {
   // The outputs and blocks of rows that are done at a time.
   void multiply() {
     const std::int64_t blocks = packed_blocks(share_.depth);
-    few_rows_ = kPanels && rows_.size() <= kStreamedRows / kTileSide;
+    prefetches_steps_ = kPanels && rows_.size() <= kStreamedRows / kTileSide;
     sums_stay_ = rows_.size() <= 2 && outputs_.size() <= kPanelOutputs;
     for (std::int64_t block = 0; block < blocks; ++block) {
       steps_ = steps_of(block, share_.depth);
@@ -101,7 +132,7 @@ class TileProduct {
       float* sums = share_.scratch;
       for (std::int64_t n = outputs_.first; n < outputs_.end; n += kPanelOutputs) {
         const Weights weights = prepare(n);
-        Prefetch prefetch = few_rows_ ? next_steps(n) : next_block(n, block);
+        Prefetch prefetch = prefetches_steps_ ? next_steps(n) : next_block(n, block);
         for (std::int64_t row = rows_.first; row < rows_.end; row += 2) {
           if (row + 1 < rows_.end) {
             multiply_rows<2>(row, n, weights, prefetch, sums);
@@ -110,7 +141,7 @@ class TileProduct {
           }
           sums += 4 * kTileFloats;
           prefetch.from += prefetch.lines * weights_at(n, 0).line;
-          if (few_rows_) prefetch.lines = 0;  // the first pair has asked for all
+          if (prefetches_steps_) prefetch.lines = 0;  // the first pair has asked for all
         }
       }
     }
@@ -306,12 +337,15 @@ class TileProduct {
     }
   }
 
+  // The tile registers: two of weights, two of x, and the sums of each with each.
+  static constexpr int kWeightTile = 4, kXTile = 6;
+  static constexpr int sum_tile(int w, int x) { return 2 * x + w; }
   static constexpr std::int64_t kStepsAhead = 4;
 
   const MatmulShare<BFloat16, BFloat16>& share_;
   const PackedX x_;
   Range rows_{}, outputs_{};  // of a call of multiply: blocks of 16 rows, and outputs
-  bool few_rows_{};           // whose weights are multiplied as they come from memory
+  bool prefetches_steps_{};   // of weights that come from memory, in place of blocks
   bool sums_stay_{};          // in registers, from one block of the depth to the next
   Range steps_{};             // of a block of the depth, which is
   bool first_{}, last_{};     // the first or last one

@@ -1,5 +1,5 @@
-// What the products on AMX (matmul_amx_kernel.h, matmul_amx_streams.h) share: how x is packed into
-// tiles, and what becomes of tiles of sums.
+// What the products on AMX (matmul_amx_kernel.h, matmul_amx_streams.h) share: how packed x
+// lies, and what becomes of tiles of sums.
 #pragma once
 
 #include "ops/cpu/amx.h"
@@ -39,41 +39,6 @@ TINYVLLM_INLINE __m512i load_step(const BFloat16* p, std::int64_t count) {
   if (count >= kTileDepth) return _mm512_loadu_si512(p);
   const auto mask = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
   return _mm512_maskz_loadu_epi16(mask, p);
-}
-
-// Whether it is weights in rows that are turned: the fewer of their tiles and of those of sums.
-constexpr bool turns_weights(std::int64_t num_rows, std::int64_t depth) {
-  return depth / kTileDepth < num_rows / kTileSide;
-}
-
-// kLeft: into left operands.
-template <bool kLeft>
-void pack_operands(const PackShare& share) {
-  const PackedX x{share.num_rows};
-  const std::int64_t block = share.piece / x.row_blocks(), row_block = share.piece % x.row_blocks();
-  const Range steps = steps_of(block, share.depth);
-  const std::int64_t row = row_block * kTileSide, rest = share.num_rows - row;
-  const std::int64_t rows = rest < kTileSide ? rest : kTileSide;
-  const auto columns = static_cast<__mmask16>((1u << x.tile_rows()) - 1);
-  BFloat16* out = share.packed + x.offset(row_block, steps);
-  for (std::int64_t step = steps.first; step < steps.end; ++step, out += x.tile_size()) {
-    const std::int64_t k = step * kTileDepth;
-    Float tile[kTileSide] = {};
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const BFloat16* from = share.x + (row + i) * share.x_stride + k;
-      tile[i] = _mm512_castsi512_ps(load_step(from, share.depth - k));
-    }
-    if constexpr (kLeft) {
-      for (std::int64_t i = 0; i < x.tile_rows(); ++i) {
-        __builtin_memcpy(out + i * kTileDepth, &tile[i], kTileRowBytes);
-      }
-    } else {
-      transpose(tile);  // of pairs
-      for (std::int64_t i = 0; i < kTileSide; ++i) {
-        _mm512_mask_storeu_ps(out + i * x.tile_rows() * 2, columns, tile[i]);
-      }
-    }
-  }
 }
 
 // Adds a tile of sums, or as much of it as there is, to where it belongs: the rows from `row` on, the

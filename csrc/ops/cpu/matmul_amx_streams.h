@@ -2,8 +2,9 @@
 // memory, each once. See MatmulShare in kernels.h.
 //
 // A memory gives most to some long streams that are read a line of each at a time. So the outputs of a
-// tile are not neighbours but lie a run apart: its row i is the next line of stream i, which goes on
-// with the output behind the one that ends. Neighbours would be short pieces in as many pages.
+// tile are not neighbours but lie a run apart: its row i is the next line, 64 bytes, of stream i. Where
+// an output ends, its stream goes on with the next one, which lies right behind it. Neighbours would
+// be many short pieces in as many pages.
 #pragma once
 
 #include "ops/cpu/matmul_amx_operands.h"
@@ -17,9 +18,9 @@ class StreamProduct {
       : share_(share), x_{share.num_rows} {}
 
   void run() {
-    const std::int64_t run = share_.num_outputs / kStreams, rest = share_.num_outputs % kStreams;
-    if (run > 0) multiply(0, kStreams, run);
-    if (rest > 0) multiply(share_.num_outputs - rest, rest, 1);
+    const std::int64_t outputs = share_.num_outputs, rest = outputs % kStreams;
+    if (outputs >= kStreams) multiply(0, kStreams, outputs / kStreams);
+    if (rest > 0) multiply(outputs - rest, rest, 1);
     release_tiles();
   }
 

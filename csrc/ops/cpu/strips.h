@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -24,31 +25,32 @@ struct Strip {
 // self-scheduling, Polychronopoulos and Kuck 1987).
 class Strips {
  public:
-  // A strip has `least` to `most` outputs, as far as there is a multiple of `multiple` between them,
-  // or what is left of a block.
+  // A strip has a multiple of `multiple` outputs, or what is left of a block: from `least` to `most`
+  // of them, or, where there is no multiple between these, `least` rounded up.
   Strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t least,
          std::int64_t most, int num_threads)
       : multiple_(multiple),
         least_(std::max<std::int64_t>(1, (least + multiple - 1) / multiple)),
-        most_(std::max(least_, most / multiple)),
-        num_threads_(num_threads) {
+        shares_(2 * num_threads) {
+    std::size_t i = 0;
     for (const RowBlock& block : blocks) {
-      const std::int64_t groups = (block.rows + multiple - 1) / multiple;
-      end_ += groups;
-      blocks_[num_blocks_++] = {block.rows, end_};
+      end_ += (block.rows + multiple - 1) / multiple;
+      blocks_[i++] = {block.rows, end_};
     }
+    most_ = std::max(least_, std::min(most / multiple, end_ / shares_));
   }
 
   std::int64_t most_outputs() const { return most_ * multiple_; }
 
-  // The next strip, if there is one. Any thread may call it.
+  // The next strip, if there is one. Any thread may call it. Where a strip begins decides where it
+  // ends, so that the cuts are the same in every run.
   std::optional<Strip> take() {
     std::int64_t first = next_.load(std::memory_order_relaxed), end = 0;
     std::size_t block = 0;
     do {
       if (first == end_) return std::nullopt;
       while (first >= blocks_[block].end) ++block;
-      const std::int64_t share = (end_ - first) / (2 * num_threads_);
+      const std::int64_t share = (end_ - first) / shares_;
       end = std::min(first + std::clamp(share, least_, most_), blocks_[block].end);
     } while (!next_.compare_exchange_weak(first, end, std::memory_order_relaxed));
 
@@ -66,10 +68,10 @@ class Strips {
     std::int64_t rows, end;
   };
 
-  const std::int64_t multiple_, least_, most_;
-  const int num_threads_;
+  const std::int64_t multiple_, least_;
+  const std::int64_t shares_;  // of what is left, of which a strip is one
+  std::int64_t most_;
   std::array<Block, 3> blocks_{};
-  std::size_t num_blocks_ = 0;
   std::int64_t end_ = 0;
   std::atomic<std::int64_t> next_{0};
 };
