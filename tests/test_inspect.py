@@ -103,6 +103,15 @@ def test_what_a_step_works_in_grows_with_the_threads() -> None:
     assert many - few > 1 << 20
 
 
+def test_a_larger_step_works_in_no_less() -> None:
+    """Up to 64 tokens AMX takes wider strips of weights, with more sums than a token more has."""
+    at_64, at_65 = (
+        report("llama-3.2-1b", "--threads=8", "--max-num-seqs=8", f"--max-num-batched-tokens={n}")
+        for n in (64, 65)
+    )
+    assert at_65["memory"]["activations"] >= at_64["memory"]["activations"]
+
+
 def test_the_plan_follows_the_engines_own_choice_of_blocks() -> None:
     from tinyvllm import LLM
 

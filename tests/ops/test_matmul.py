@@ -52,10 +52,11 @@ def multiply(device: Any, layout: str, x: Array, *blocks: Array) -> Array:
         (33, 7, 8200),  # more rows than a block of x in the cache has
         (33, 193, 31),
         (300, 33, 1100),
-        # AMX takes 8 or 16 outputs at a time that lie far apart, and 4 are left.
+        # With weights in rows AMX takes 8 or 16 outputs at a time that lie far apart; 4 are left.
         (1, 1700, 70),
         (20, 1700, 70),
-        (50, 1700, 70),
+        (40, 1700, 70),
+        (50, 1700, 102),
     ],
 )
 def test_matmul_matches_float64(
@@ -113,7 +114,7 @@ def test_row_blocks_are_stacked_each_with_its_bias_or_none(
 
 
 @pairs
-@pytest.mark.parametrize("depth", [101, 1030])  # long rows are cut into other tiles
+@pytest.mark.parametrize("depth", [96, 101, 1030])  # long rows are cut into other tiles
 def test_a_row_gives_the_same_bits_in_every_batch(
     device: Any,
     layout: str,
@@ -189,9 +190,24 @@ def test_the_number_of_threads_changes_no_bit(
     x_dtype: str,
     w_dtype: str,
 ) -> None:
-    x = random(rng, (33, 203), x_dtype)
     w = random(rng, (700, 203), w_dtype)
-    assert same_bits(multiply(other_device, layout, x, w), multiply(device, layout, x, w))
+    for tokens in (1, 33, 64, 90):
+        x = random(rng, (tokens, 203), x_dtype)
+        assert same_bits(multiply(other_device, layout, x, w), multiply(device, layout, x, w))
+
+
+@pairs
+@pytest.mark.parametrize("order", ["rows", "panels"])
+def test_there_may_be_more_threads_than_outputs_and_blocks_without_any(
+    cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, order: str
+) -> None:
+    many = _core.CpuContext(33, cpu_device.isa)
+    w = random(rng, (70, 64), w_dtype)
+    for tokens in (1, 20, 90):
+        x = random(rng, (tokens, 64), x_dtype)
+        want = multiply(cpu_device, order, x, w)
+        for blocks in ((w,), (w[:0], w), (w[:5], w[:0], w[5:]), (w, w[:0])):
+            assert same_bits(multiply(many, order, x, *blocks), want)
 
 
 def tile_sums(x: Array, w: Array) -> Array:
@@ -263,7 +279,8 @@ def test_an_output_adds_its_products_in_the_order_that_its_layout_has(
 @pairs
 @pytest.mark.parametrize(
     ("tokens", "depth"),
-    [(7, 1), (7, 31), (7, 100), (90, 31), (400, 1333)],  # the last x is more than a cache holds
+    # The last x is more than a cache holds.
+    [(1, 64), (7, 1), (7, 31), (7, 100), (20, 100), (50, 100), (90, 31), (400, 1333)],
 )
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_outside_the_operands_is_read(

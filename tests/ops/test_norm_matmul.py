@@ -94,7 +94,7 @@ def test_matmul_add_adds_the_product_to_the_residual(
 @pytest.mark.parametrize(
     "shape",  # tokens, outputs, depth
     # Strips of one size and of another, whole and not; the last x has no room in the cache.
-    [(7, 29, 77), (1, 300, 40), (33, 530, 64), (330, 200, 96), (600, 330, 900)],
+    [(7, 29, 77), (1, 300, 40), (33, 530, 64), (64, 530, 160), (330, 200, 96), (600, 330, 900)],
 )
 def test_on_the_cpu_the_fused_ops_are_the_separate_ones_bit_for_bit(
     cpu_device: Any, rng: np.random.Generator, dtype: str, w_dtype: str, shape: tuple[int, int, int]
