@@ -41,7 +41,7 @@ TINYVLLM_INLINE __m512i load_step(const BFloat16* p, std::int64_t count) {
   return _mm512_maskz_loadu_epi16(mask, p);
 }
 
-// Adds a tile of sums, or as much of it as there is, to where it belongs: the rows from `row` on, the
+// Puts a tile of sums, or as much of it as there is, where it belongs: the rows from `row` on, the
 // outputs [n, end) and no more than 16 of each. kTurn: a row of the tile is an output, and a column a
 // row of x.
 template <bool kTurn>
