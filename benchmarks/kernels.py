@@ -30,7 +30,7 @@ import plots
 import results
 from peer_process import ROOT, PeerError, PeerSpec, read_answer
 from results import Json
-from runner import MODELS, Bench
+from runner import MODELS, Bench, mapped_weights
 from tinyvllm import LLM, SamplingParams, _core, dummy
 from tinyvllm.limits import MachineLimits, measure_limits
 from tinyvllm.model_cost import ModelCost
@@ -165,7 +165,7 @@ def scaling(arguments: argparse.Namespace) -> list[Json]:
     steps = arguments.steps
 
     def limits() -> MachineLimits:
-        return measure_limits("cpu", arguments.num_threads)
+        return measure_limits("cpu", arguments.num_threads, mapped_weights(checkpoint))
 
     def point(axis: str, x: int, rates: list[float], predicted: list[float]) -> Json:
         shares = [rate / limit for rate, limit in zip(rates, predicted, strict=True)]

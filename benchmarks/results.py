@@ -10,10 +10,11 @@ one. Every row stands for itself:
     unit            of the values: tok/s, s or bytes
     commit, date    of this engine, "+" behind it where the work tree had changes; UTC
     machine         cpu, memory_bytes, device; num_threads that every peer was given; on a GPU its
-                  name and driver
+                  name and driver; on a CPU isa, the kernels of this engine
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
-    limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round
+    limits          read_bandwidth_bytes_per_second, on a CPU of the model's own file, and
+                    bf16_flops_per_second, one value a round
     limit           the value that these limits allow (tinyvllm.model_cost), the median over
                     rounds, or null
     peers           one object a peer:
@@ -43,6 +44,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tinyvllm._core import CpuContext
 from tinyvllm.cli.env import gpu_driver
 
 Json = dict[str, Any]
@@ -101,7 +103,9 @@ def machine(device: str, num_threads: int) -> Json:
         if line.startswith("MemTotal:"):
             memory = int(line.split()[1]) * 1024
     where = {"cpu": cpu, "memory_bytes": memory, "device": device, "num_threads": num_threads}
-    if device == "cuda":
+    if device == "cpu":
+        where["isa"] = CpuContext(1).isa
+    else:
         found = gpu_driver()
         where["gpu"] = ", ".join(gpu["name"] for gpu in found["devices"]) or "unknown"
         where["driver"] = found["driver"]
@@ -228,10 +232,11 @@ def _agreement_line(row: Json) -> str:
 
 def _machine_line(row: Json) -> str:
     where = row["machine"]
+    kernels = f" ({where['isa']})" if "isa" in where else ""
     gpu = f"{where['gpu']}, driver {where['driver']}, beside " if "gpu" in where else ""
     return (
         f"{gpu}{where['cpu']}, {where['memory_bytes'] / 2**30:.0f} GiB, device "
-        f"{where['device']}, {where['num_threads']} threads; commit {row['commit']}, "
+        f"{where['device']}{kernels}, {where['num_threads']} threads; commit {row['commit']}, "
         f"{row['date'].split()[0]}"
     )
 

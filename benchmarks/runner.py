@@ -4,8 +4,8 @@ A benchmark is a list of rows and a call of main(). One row of one run:
 
 1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that
    is not installed stays in the row, with the reason.
-2. A short warm-up, then rounds. Each measures the machine's limits and then every peer once, in
-   another order each time.
+2. A short warm-up, then rounds. Each measures the machine's limits, reading on a CPU the very file
+   whose weights the row is about, and then every peer once, in another order each time.
 3. In every round it is checked that there are as many tokens as were asked for, and in the first
    one that they are this engine's up to a near tie. A peer that did other work is refused: no ratio
    is computed, and the run ends with exit code 1.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shlex
 import statistics
@@ -23,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 import results
 from peer_process import (
@@ -40,12 +43,21 @@ from peer_process import (
 from peers.peer import Outcome, TokenIds, Work
 from results import Json
 from tinyvllm import dummy
-from tinyvllm._core import default_num_threads
+from tinyvllm._core import default_num_threads, supported_isas
 from tinyvllm.limits import MachineLimits, measure_limits
 from tinyvllm.model_cost import ModelCost
 
 MODELS = ROOT.parent / "build" / "models"
 TRIALS = ROOT.parent / "build" / "benchmarks"  # what --scaled-by writes: no results
+
+# What oneDNN, on which OpenVINO and PyTorch build, calls our instruction sets.
+_ONEDNN_ISAS = {
+    "portable": "SSE41",
+    "avx2": "AVX2",
+    "avx512": "AVX512_CORE",
+    "avx512bf16": "AVX512_CORE_BF16",
+    "amx": "AVX512_CORE_AMX",
+}
 
 # The products that measure_limits() times take all the power that a card may take, and its clock
 # stays down for some tenths of a second: at 1,440 in place of 1,980 MHz on an H200, where a prefill
@@ -259,7 +271,7 @@ class Bench:
             limits = []
             reference: Outcome | None = None
             for number in range(self.rounds):
-                limits.append(self._limits())
+                limits.append(self._limits(checkpoint))
                 # In the first round the reference goes first.
                 for column in _in_turns(columns, number):
                     if column.missing or column.refused:
@@ -330,7 +342,7 @@ class Bench:
         )
         for number in range(-1, self.rounds):  # the first only warms the page cache
             if number >= 0:
-                limits.append(self._limits())
+                limits.append(self._limits(checkpoint))
             for column in columns if number < 0 else _in_turns(columns, number):
                 if column.missing:
                     continue
@@ -385,10 +397,10 @@ class Bench:
             except DifferentWorkError as error:
                 column.refused = str(error)
 
-    def _limits(self) -> MachineLimits:
+    def _limits(self, checkpoint: Path) -> MachineLimits:
         if self.limits:
             return self.limits()
-        limits = measure_limits(self.device, self.num_threads)
+        limits = measure_limits(self.device, self.num_threads, mapped_weights(checkpoint))
         if self.device == "cuda":
             time.sleep(SETTLING_SECONDS)
         return limits
@@ -465,6 +477,10 @@ class Bench:
         }
 
 
+def mapped_weights(checkpoint: Path) -> np.ndarray:
+    return np.memmap(checkpoint / "model.safetensors", np.uint8, "r")
+
+
 def _in_turns(columns: list[_Column], number: int) -> list[_Column]:
     """Each is first as often as the others, and not always behind the same one, which may leave a
     hot machine and full caches: forwards and backwards, from another one on every two rounds."""
@@ -494,6 +510,12 @@ def parse(
     parser.add_argument("--model", help="a directory of --models instead of each row's own")
     parser.add_argument("--models", type=Path, default=MODELS, help="where weights are written")
     parser.add_argument("--num-threads", type=int, default=default_num_threads())
+    parser.add_argument(
+        "--isa",
+        choices=supported_isas(),
+        help="give no engine a better instruction set than this one; llama.cpp has the one that it "
+        "was compiled for",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=list(peers), choices=list(PEERS))
     parser.add_argument("--peers-python", help="the Python that has the other engines")
@@ -522,6 +544,9 @@ def main(
         for row in rows:
             print(f"{row.name:16s} {row.what}")
         sys.exit(0)
+    if arguments.isa:  # of this process, which measures the limits, and of all peers
+        os.environ["TINYVLLM_CPU_ISA"] = arguments.isa
+        os.environ["ONEDNN_MAX_CPU_ISA"] = _ONEDNN_ISAS[arguments.isa]
     path = arguments.output or (output if arguments.scaled_by == 1 else TRIALS / output.name)
     specs = [
         dataclasses.replace(PEERS[name], python=arguments.peers_python)
@@ -535,7 +560,7 @@ def main(
         num_threads=arguments.num_threads,
         rounds=arguments.rounds,
         device=arguments.device,
-        command=_command(arguments.rounds),
+        command=_command(arguments),
     )
     measured = failed = refused = False
     for row in rows:
@@ -564,8 +589,9 @@ def main(
         sys.exit(1)
 
 
-def _command(rounds: int) -> str:
-    return shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", "--rounds", str(rounds)])
+def _command(arguments: argparse.Namespace) -> str:
+    command = [f"benchmarks/{Path(sys.argv[0]).name}", "--rounds", str(arguments.rounds)]
+    return shlex.join(command + (["--isa", arguments.isa] if arguments.isa else []))
 
 
 def print_row(row: Json) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,21 @@ def test_a_trial_leaves_the_results_alone(
     assert finished[0].with_suffix(".md").exists()
     assert not (tmp_path / "results").exists()
     assert "all divided by 2" in capsys.readouterr().out
+
+
+def test_all_engines_can_be_held_to_an_older_instruction_set(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("TINYVLLM_CPU_ISA", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.setenv(variable, "")  # so that it is as before after the test
+    arguments = ["--models", str(models), "--rounds", "1", "--peers", "--isa", "portable"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+    runner.main("A benchmark.", [row()], [], tmp_path / "out.json")
+    (result,) = results.read_rows(tmp_path / "out.json")
+    assert result["machine"]["isa"] == "portable"
+    assert result["command"] == "benchmarks/x.py --rounds 1 --isa portable"
+    assert "device cpu (portable)" in (tmp_path / "out.md").read_text()
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "SSE41"
 
 
 def test_nobody_comes_always_behind_the_same_one() -> None:

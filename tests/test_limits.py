@@ -13,19 +13,34 @@ from tinyvllm.errors import DeviceError, InvalidRequestError
 from tinyvllm.limits import measure_cuda_limits, measure_limits
 
 
-def test_no_copy_reads_faster_than_the_limit() -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_no_copy_reads_faster_than_the_limit(given: bool) -> None:
     """A copy reads each byte and writes it, too; half the margin is for a restless machine."""
     source = np.ones(1 << 26, np.float32)
     target = np.zeros_like(source)
     best = min(_seconds_of_copy(source, target) for _ in range(3))
-    limit = measure_limits("cpu", num_threads=1).read_bandwidth_bytes_per_second
-    assert limit > 0.5 * source.nbytes / best
+    weights = source.view(np.uint8) if given else None
+    limit = measure_limits("cpu", 1, weights).read_bandwidth_bytes_per_second
+    assert 0.5 < limit / (source.nbytes / best) < 20
 
 
 def _seconds_of_copy(source: np.ndarray, target: np.ndarray) -> float:
     began = time.perf_counter()
     np.copyto(target, source)
     return time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (np.zeros(0, np.uint8), "Of 0 bytes no read bandwidth"),
+        (np.zeros((1 << 20) - 1, np.uint8), "Of 1048575 bytes .* give 1 MiB or more"),
+        (np.zeros(2 << 20, np.uint8)[1:], "a multiple of 4"),
+    ],
+)
+def test_memory_that_cannot_be_measured_is_refused(memory: np.ndarray, said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        _core.measure_read_bandwidth(_core.CpuContext(1), 0.01, memory)
 
 
 @pytest.mark.parametrize("isa", _core.supported_isas())

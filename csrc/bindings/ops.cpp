@@ -10,6 +10,7 @@
 #include <chrono>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -539,9 +540,20 @@ void bind_ops(py::module_& module) {
           },
           py::arg("count"), py::arg("call"), "Calls call(index, worker) once for each index.");
 
-  module.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("ctx"),
-             py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
-             "Bytes a second that the threads of ctx read from memory.");
+  module.def(
+      "measure_read_bandwidth",
+      [](const CpuContext& ctx, double seconds,
+         const std::optional<py::array_t<std::uint8_t, py::array::c_style>>& memory) {
+        if (!memory) {
+          const py::gil_scoped_release release;
+          return measure_read_bandwidth(ctx, seconds);
+        }
+        const std::span bytes(memory->data(), static_cast<std::size_t>(memory->size()));
+        const py::gil_scoped_release release;
+        return measure_read_bandwidth(ctx, std::as_bytes(bytes), seconds);
+      },
+      py::arg("ctx"), py::arg("seconds") = 0.5, py::arg("memory") = py::none(),
+      "Bytes a second that the threads of ctx read from memory: this one, or 1 GiB of its own.");
   module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
              py::call_guard<py::gil_scoped_release>(),
              "Floating-point operations a second of the bfloat16 kernels of ctx, from registers.");

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <string>
@@ -40,10 +41,35 @@ double median_rate(double seconds, F&& pass) {
   return *middle;
 }
 
+constexpr std::int64_t kChunk = (1 << 20) / 4;  // numbers that a thread reads at a time, 1 MiB
+
 }  // namespace
 
+double measure_read_bandwidth(const CpuContext& ctx, std::span<const std::byte> memory,
+                              double seconds) {
+  const std::int64_t chunks = std::ssize(memory) / (4 * kChunk);
+  if (chunks == 0) {
+    throw InvalidRequestError("Of " + std::to_string(memory.size()) +
+                              " bytes no read bandwidth can be measured; give 1 MiB or more.");
+  }
+  if (reinterpret_cast<std::uintptr_t>(memory.data()) % alignof(std::uint32_t) != 0) {
+    throw InvalidRequestError(
+        "The read bandwidth is measured from a multiple of 4 on, where this memory does not "
+        "begin; leave out its first bytes.");
+  }
+  const auto* data = reinterpret_cast<const std::uint32_t*>(memory.data());
+  std::atomic<std::uint32_t> checksum{0};  // so that no read can be left out
+  return median_rate(seconds, [&] {
+    ctx.parallel_for(chunks, [&](std::int64_t chunk, int) {
+      checksum.fetch_xor(ctx.kernels().read(data + chunk * kChunk, kChunk),
+                         std::memory_order_relaxed);
+    });
+    return static_cast<double>(4 * kChunk * chunks);
+  });
+}
+
 double measure_read_bandwidth(const CpuContext& ctx, double seconds) {
-  constexpr std::int64_t kChunk = (1 << 20) / 4, kChunks = 1024;  // 1 MiB each
+  constexpr std::int64_t kChunks = 1024;
   std::unique_ptr<std::uint32_t[]> data;
   try {
     data = std::make_unique_for_overwrite<std::uint32_t[]>(kChunk * kChunks);
@@ -56,14 +82,8 @@ double measure_read_bandwidth(const CpuContext& ctx, double seconds) {
   ctx.parallel_for(kChunks, [&](std::int64_t chunk, int) {
     std::fill_n(data.get() + chunk * kChunk, kChunk, static_cast<std::uint32_t>(chunk));
   });
-  std::atomic<std::uint32_t> checksum{0};  // so that no read can be left out
-  return median_rate(seconds, [&] {
-    ctx.parallel_for(kChunks, [&](std::int64_t chunk, int) {
-      checksum.fetch_xor(ctx.kernels().read(data.get() + chunk * kChunk, kChunk),
-                         std::memory_order_relaxed);
-    });
-    return static_cast<double>(kChunk * kChunks * 4);
-  });
+  return measure_read_bandwidth(ctx, std::as_bytes(std::span(data.get(), kChunk * kChunks)),
+                                seconds);
 }
 
 double measure_arithmetic(const CpuContext& ctx, double seconds) {

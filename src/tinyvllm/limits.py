@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tinyvllm import _core
 from tinyvllm.errors import DeviceError, InvalidRequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,15 @@ class MachineLimits:
     bf16_flops_per_second: float  # a multiply-add counts as two
 
 
-def measure_limits(device: str = "auto", num_threads: int | None = None) -> MachineLimits:
+def measure_limits(
+    device: str = "auto", num_threads: int | None = None, weights: np.ndarray | None = None
+) -> MachineLimits:
     """Measures the limits now, in about a second. They move on a shared machine: measure beside.
 
-    device: auto, cpu or cuda, as for LLM. num_threads: None for as many as an LLM would use; a GPU
-    has no use for it.
+    device: auto, cpu or cuda, as for LLM. num_threads: None for as many as an LLM would use.
+    weights: bytes to read, say the mapped file of a model (numpy.memmap), since how fast a memory
+    reads depends on how much of it there is and in which pages it lies; None: 1 GiB of this
+    function's own. A GPU has no use for the last two.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InvalidRequestError(f'device is "{device}"; it must be auto, cpu or cuda.')
@@ -37,7 +45,7 @@ def measure_limits(device: str = "auto", num_threads: int | None = None) -> Mach
                 raise
     ctx = _core.CpuContext(num_threads or 0)
     return MachineLimits(
-        read_bandwidth_bytes_per_second=_core.measure_read_bandwidth(ctx),
+        read_bandwidth_bytes_per_second=_core.measure_read_bandwidth(ctx, memory=weights),
         bf16_flops_per_second=_core.measure_arithmetic(ctx),
     )
 
