@@ -127,6 +127,15 @@ def check_counts(work: Work, outcome: Outcome) -> None:
         )
 
 
+def check_decode(outcome: Outcome) -> None:
+    """Throws DifferentWorkError unless all sequences decode together from the first tokens on."""
+    if outcome.early_tokens:
+        raise DifferentWorkError(
+            f"{outcome.early_tokens} tokens came while another sequence had none yet: they would "
+            "be counted and their time would not. Let one step take all prompts"
+        )
+
+
 def check_agreement(
     work: Work,
     reference: Outcome,

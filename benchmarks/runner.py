@@ -37,6 +37,7 @@ from peer_process import (
     PeerSpec,
     check_agreement,
     check_counts,
+    check_decode,
     read_answer,
     start,
 )
@@ -73,7 +74,8 @@ Length = int | tuple[int, int]  # as it is, or drawn from first to last for each
 class Row:
     """One line of a table.
 
-    measures  decode: output tokens after the first, a second
+    measures  decode: output tokens after the first, a second; all prompts are in one step of this
+              engine, so that from there on every sequence decodes
               prefill: prompt tokens a second until every sequence has its first token
               throughput: output tokens a second, of all sequences, from start to end
               first_token: seconds until every sequence has its first token
@@ -128,6 +130,11 @@ class Row:
         """Tokens of prompt and output that a sequence may have."""
         ends = [n if isinstance(n, int) else n[1] for n in (self.prompt_len, self.max_tokens)]
         return sum(ends)
+
+    def step_tokens(self) -> int:
+        """How many this engine takes at a time: as many as it does by itself, or all prompts."""
+        length = self.prompt_len if isinstance(self.prompt_len, int) else self.prompt_len[1]
+        return max(2048, self.num_prompts * length) if self.measures == "decode" else 2048
 
     def work(self, vocab_size: int) -> Work:
         """Random prompts without special tokens, the same for every peer and in every run."""
@@ -249,6 +256,7 @@ class Bench:
             *("--num-threads", str(self.num_threads)),
             *("--max-num-seqs", str(row.num_prompts)),
             *("--max-model-len", str(-(-row.longest() // 256) * 256)),
+            *("--max-step-tokens", str(row.step_tokens())),
             *("--device", self.device),
             *("--options", json.dumps(spec.options)),
         ]
@@ -286,6 +294,8 @@ class Bench:
                         continue
                     try:
                         check_counts(work, outcome)
+                        if row.measures == "decode":
+                            check_decode(outcome)
                         if reference is None:
                             reference = outcome
                         elif (

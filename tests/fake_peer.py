@@ -10,7 +10,8 @@ from peers.tinyvllm import Tinyvllm
 
 
 class FakePeer(Tinyvllm):
-    """honest | missing | breaks_down | own_prompts | stops_early | drops_a_prompt | guesses"""
+    """honest | missing | breaks_down | own_prompts | stops_early | drops_a_prompt | guesses |
+    decodes_early"""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -26,6 +27,8 @@ class FakePeer(Tinyvllm):
         outcome = super().run(work)
         if self._behaviour == "own_prompts":
             return dataclasses.replace(outcome, own_prompts=True)
+        if self._behaviour == "decodes_early":
+            return dataclasses.replace(outcome, early_tokens=3)
         change = {"stops_early": _without_the_last, "guesses": _with_another_last}
         tokens = [change.get(self._behaviour, list)(tokens) for tokens in outcome.tokens]
         return dataclasses.replace(outcome, tokens=tokens)

@@ -265,6 +265,21 @@ def test_shares_are_the_ideal_time_over_the_measured_one(tmp_path: Path) -> None
     assert row["decode_throughput"] == pytest.approx(6 / 3)
 
 
+def test_tokens_that_come_before_the_last_first_one_are_not_decoded_in_the_time_after_it(
+    tmp_path: Path,
+) -> None:
+    """A long prompt beside a short one, whose tokens come meanwhile: 3 and 1 of 6 are late."""
+    cost = ModelCost(FAMILIES["llama-3.2-v5"].write(tmp_path))
+    run = Run(Work([[1] * 4, [1] * 40], [4, 4]))
+    for request, times in zip(run.requests, [[1, 2, 3, 5], [4, 5, 6, 7]], strict=True):
+        request.token_times, request.ended = [float(now) for now in times], float(times[-1])
+    run.step_times, run.seconds = [float(now) for now in range(1, 8)], 7.0
+    limits = MachineLimits(read_bandwidth_bytes_per_second=1e6, bf16_flops_per_second=1e9)
+    row = bench_report.latency_row({}, [run], cost, limits)
+    assert row["prefill_throughput"] == pytest.approx(44 / 4)
+    assert row["decode_throughput"] == pytest.approx(4 / 3)
+
+
 @pytest.mark.parametrize(("share", "said"), [(1.05, False), (1.5, True)])
 def test_a_share_that_memory_cannot_give_is_explained(share: float, said: bool) -> None:
     assert bench_report._reads_from_caches({"bandwidth_share": share}) is said

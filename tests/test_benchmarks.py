@@ -35,6 +35,8 @@ peer_process: Any = _module("peer_process")
 runner: Any = _module("runner")
 results: Any = _module("results")
 compare: Any = _module("compare")
+peer: Any = _module("peers.peer")
+our_peer: Any = _module("peers.tinyvllm")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,33 @@ def test_a_peer_that_does_less_work_is_refused(models: Path, behaviour: str, rea
     assert "ratio" not in theirs
     assert "values" not in theirs
     assert "refused" in results.to_markdown([result])
+
+
+def test_a_decode_begins_when_all_sequences_have_their_first_token(models: Path) -> None:
+    """Tokens from before it would be counted in the time after it. This engine would give some,
+    were its step shorter than all prompts."""
+    result = run(models, "decodes_early", measures="decode")
+    assert "3 tokens came while another sequence had none yet" in result["peers"][1]["refused"]
+    assert row(measures="decode", num_prompts=8, prompt_len=512).step_tokens() == 4096
+    assert row(measures="throughput", num_prompts=8, prompt_len=512).step_tokens() == 2048
+
+
+def test_this_engine_says_how_many_tokens_came_early(models: Path) -> None:
+    work = peer.Work([[7] * 16] * 4, [8] * 4)
+    early = []
+    for step_tokens in (64, 16):  # all prompts in one step, and one prompt at a time
+        engine = our_peer.Tinyvllm(
+            peer.Settings(
+                models / "tiny",
+                num_threads=1,
+                max_num_seqs=4,
+                max_model_len=64,
+                max_step_tokens=step_tokens,
+            )
+        )
+        early.append(engine.run(work).early_tokens)
+    assert early[0] == 0
+    assert early[1] >= 3 + 2 + 1  # the first sequence decodes while three others are read
 
 
 def test_a_peer_that_breaks_down_is_not_compared_and_the_row_goes_on(models: Path) -> None:

@@ -52,6 +52,7 @@ class Outcome:
     tokens: list[TokenIds]
     seconds: float
     first_token_seconds: float  # until every prompt has its first token
+    early_tokens: int = 0  # behind the first of their sequence, when not all had one yet
     own_prompts: bool = (
         False  # it takes prompts of its own, of the same lengths: no tokens to check
     )
@@ -65,6 +66,7 @@ class Settings:
     num_threads: int
     max_num_seqs: int = 1
     max_model_len: int = 1024
+    max_step_tokens: int = 2048  # that this engine takes at a time
     device: str = "cpu"
     tokenizer: bool = False  # whether encode() will be called
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this engine's LLM
@@ -136,6 +138,7 @@ def main(peer: type[Peer]) -> None:
         num_threads=arguments.num_threads,
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
+        max_step_tokens=arguments.max_step_tokens,
         device=arguments.device,
         tokenizer=arguments.text is not None,
         options=arguments.options,
@@ -197,6 +200,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--max-step-tokens", type=int, default=2048)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--ids")

@@ -22,6 +22,7 @@ class Tinyvllm(Peer):
             num_threads=settings.num_threads,
             max_num_seqs=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
+            max_num_batched_tokens=settings.max_step_tokens,
             block_size=_BLOCK_SIZE,
             # Not most of a GPU's memory: the peers beside it need some, too.
             num_gpu_blocks_override=settings.max_num_seqs * blocks_a_sequence,
@@ -34,7 +35,7 @@ class Tinyvllm(Peer):
     def run(self, work: Work) -> Outcome:
         params = [_greedy(count) for count in work.max_tokens]
         tokens: list[TokenIds] = [[] for _ in work.prompts]
-        waiting, first_token_seconds = len(work.prompts), 0.0
+        waiting, first_token_seconds, early = len(work.prompts), 0.0, 0
         missing = sum(work.max_tokens)
         began = time.perf_counter()
         for delta in self._llm.stream(work.prompts, params):
@@ -42,11 +43,12 @@ class Tinyvllm(Peer):
                 waiting -= 1
                 if not waiting:
                     first_token_seconds = time.perf_counter() - began
+                    early = sum(max(0, len(of_one) - 1) for of_one in tokens)
             tokens[delta.prompt_index] += delta.token_ids
             missing -= len(delta.token_ids)
             if not missing:
                 break  # what is left is text, and only ids were asked for
-        return Outcome(tokens, time.perf_counter() - began, first_token_seconds)
+        return Outcome(tokens, time.perf_counter() - began, first_token_seconds, early)
 
     def encode(self, text: str) -> TokenIds:
         token_ids: TokenIds = self._llm.get_tokenizer().encode(text)
