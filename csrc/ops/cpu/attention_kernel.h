@@ -12,6 +12,8 @@
 //
 // AMX (amx.h) takes both panels as right operands as they are, and adds up 32 elements of k at a time:
 // of the keys where head_dim is made of such steps, of the values where a row sees all 64 positions.
+// With few rows, in decode, turning the keys would be most of the work: there they are the left
+// operand, as they lie in the cache, and the scores are turned, to the same bits.
 //
 // A score outside a row's range is replaced by -inf, whatever it is. Values outside it are not
 // multiplied: their slots may hold anything.
@@ -35,7 +37,9 @@ class Attention {
         head_rows_(share.num_tokens * share.group),
         rows_(share.num_heads * head_rows_),
         exponent_(share.scale * 1.44269504088896341f),
-        room_(kRoom / exponent_) {
+        room_(kRoom / exponent_),
+        keys_as_they_lie_(P::kTiles && head_rows_ <= kLanes && share.head_dim % P::kLoad == 0 &&
+                          share.block_size % kLanes == 0) {
     float* memory = share.scratch;
     const auto take = [&](std::int64_t size) {
       float* taken = memory;
@@ -45,6 +49,7 @@ class Attention {
     panel_ = reinterpret_cast<Element*>(take(kTile * columns_));
     edge_ = reinterpret_cast<Element*>(take(columns_));
     query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
+    turned_query_ = query_ + rows_ * columns_;  // there is room for floats
     scores_ = take(rows_ * kTile);
     totals_ = take(rows_ * kLanes);
   }
@@ -59,6 +64,7 @@ class Attention {
         }
       }
     }
+    if (keys_as_they_lie_) turn_queries();
     const std::int64_t end = share_.split + kAttentionSplit;
     const std::int64_t last = share_.first_position + share_.num_tokens - 1;
     for (std::int64_t tile = share_.split; tile < end && tile <= last; tile += kTile) {
@@ -97,24 +103,31 @@ class Attention {
   }
 
   // Head by head, first the keys and then the values, through a panel that stays in the L1 cache.
-  // Memory gives twice as much in the order in which it lies, all heads of some slots together: so
-  // the tile's values are prefetched while its keys are multiplied, and with the values the next
-  // tile's keys.
+  // Memory gives more in the order in which it lies, all heads of some slots together: so the tile's
+  // values are prefetched while its keys are multiplied, and with the values the next tile's keys, some
+  // lines at each turn.
   void attend_tile(std::int64_t tile) {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
     std::int64_t* offsets = offsets_[tile / kTile % 2];
     if (located_ != tile) locate(tile, any, offsets);
-    Ahead values_ahead{share_.values, offsets, any, 0};
     const std::int64_t column = any.first / kLanes * kLanes;
+    const std::int64_t vectors = any.last / kLanes + 1 - column / kLanes;
+    Ahead values_ahead = ahead_of(share_.values, offsets, any, vectors);
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      if constexpr (P::kTiles) {
+        if (keys_as_they_lie_) {
+          score_keys(head, offsets, any, values_ahead);
+          continue;
+        }
+      }
       const std::int64_t row = head * head_rows_;
       pack(any, values_ahead, [&]<bool kWhole>(std::int64_t j) {
         pack_keys<kWhole>(share_.keys + head * head_stride(), offsets, j, any);
       });
       score(query_ + row * columns_, panel_ + column * P::kPair, scores_ + row * kTile + column,
-            any.last / kLanes + 1 - column / kLanes);
+            vectors);
     }
     const std::int64_t next_tile = tile + kTile;
     Range next = {seen(0, next_tile).first, seen(share_.num_tokens - 1, next_tile).last};
@@ -122,7 +135,7 @@ class Attention {
     std::int64_t* next_offsets = offsets_[next_tile / kTile % 2];
     if (!next.empty()) locate(next_tile, next, next_offsets);
     located_ = next_tile;
-    Ahead keys_ahead{share_.keys, next_offsets, next, 0};
+    Ahead keys_ahead = ahead_of(share_.keys, next_offsets, next, vectors + head_rows_);
     const Range whole = tokens_that_see_all(tile);
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
       pack(any, keys_ahead, [&]<bool kWhole>(std::int64_t j) {
@@ -133,11 +146,16 @@ class Attention {
         const Range range = seen(token, tile);
         if (range.empty()) continue;
         const std::int64_t r = row + token * share_.group;
-        for (std::int64_t i = 0; i < share_.group; ++i) weigh(r + i, range);
+        for (std::int64_t i = 0; i < share_.group; ++i) {
+          prefetch(keys_ahead);
+          weigh(r + i, range);
+        }
       }
       add_values_of(row, tile, {0, whole.first - 1});
-      add_all_values(row + whole.first * share_.group,
-                     (whole.last - whole.first + 1) * share_.group);
+      if constexpr (P::kTiles) {
+        add_all_values(row + whole.first * share_.group,
+                       (whole.last - whole.first + 1) * share_.group);
+      }
       add_values_of(row, tile, {whole.last + 1, share_.num_tokens - 1});
     }
   }
@@ -159,30 +177,23 @@ class Attention {
   }
 
   // The scores of one head's rows, for some vectors of positions.
-  void score(const Element* query, const Element* panel, float* scores,
-             std::int64_t vectors) const {
-#if defined(__AMX_BF16__)
+  void score(const Element* query, const Element* panel, float* scores, std::int64_t vectors) {
     if constexpr (P::kTiles) {
-      if (share_.head_dim % kTileDepth == 0) {
-        return product_tiles<true>(query, columns_, panel, kTile * P::kPair,
-                                   share_.head_dim / kTileDepth, scores, kTile, head_rows_,
-                                   vectors);
+      if (share_.head_dim % P::Tiles::kStep == 0) {
+        return tiles_.template multiply<true>(query, columns_, panel, kTile * P::kPair,
+                                              share_.head_dim / P::Tiles::kStep, scores, kTile,
+                                              head_rows_, vectors);
       }
     }
-#endif
     product<P, true>(query, columns_, panel, kTile * P::kPair, steps(), scores, kTile, head_rows_,
                      vectors);
   }
 
   // sums[r] += weights[r] values, of all positions of the tile.
-  void add_all_values([[maybe_unused]] std::int64_t r, [[maybe_unused]] std::int64_t rows) const {
-#if defined(__AMX_BF16__)
-    if constexpr (P::kTiles) {
-      product_tiles<false>(weights_of(r), kWeightStride, panel_, columns_ * P::kPair,
-                           kTile / kTileDepth, share_.out.sums + r * columns_, columns_, rows,
-                           columns_ / kTileSide);
-    }
-#endif
+  void add_all_values(std::int64_t r, std::int64_t rows) {
+    tiles_.template multiply<false>(weights_of(r), kWeightStride, panel_, columns_ * P::kPair,
+                                    kTile / P::Tiles::kStep, share_.out.sums + r * columns_,
+                                    columns_, rows, columns_ / kLanes);
   }
 
   // The same for some tokens, of what each of them sees. In ascending order: what only some see, what
@@ -227,29 +238,39 @@ class Attention {
 
   std::int64_t head_stride() const { return share_.block_size * share_.head_dim; }
 
-  // Keys or values that are needed next, in the order in which they lie: all heads of some slots.
+  // Keys or values that are needed next. A fetch takes `step` positions from each quarter of the tile,
+  // head by head: where a quarter is a block, that is a stream of memory, and of four streams read a line
+  // each in turn a memory gives more than of one after the other.
   struct Ahead {
     const Kv* first;              // of the first head
     const std::int64_t* offsets;  // from there to each position's
     Range range;
-    std::int64_t head;
+    std::int64_t step;
+    std::int64_t head, position;  // where the next fetch begins, in a quarter
   };
 
-  // Prefetches those of one head at as many positions as fill a vector.
+  static constexpr std::int64_t kQuarter = kTile / 4;
+
+  // What is to be fetched with so many calls a head.
+  static Ahead ahead_of(const Kv* first, const std::int64_t* offsets, Range range,
+                        std::int64_t calls) {
+    return {first, offsets, range, (kQuarter + calls - 1) / calls, 0, 0};
+  }
+
   void prefetch(Ahead& ahead) const {
-    const Range range = ahead.range;
-    if (range.empty()) return;
-    const std::int64_t end = smaller(range.first / kLanes * kLanes + kLanes, range.last + 1);
+    if (ahead.range.empty() || ahead.head == share_.num_heads) return;
     constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Kv));
     const Kv* head = ahead.first + ahead.head * head_stride();
-    const std::int64_t dim = share_.head_dim;
-    for (std::int64_t j = range.first; j < end; ++j) {
-      const Kv* row = head + ahead.offsets[j];
-      for (std::int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c, 0, 2);
+    const std::int64_t end = smaller(ahead.position + ahead.step, kQuarter);
+    for (std::int64_t i = ahead.position; i < end; ++i) {
+      for (std::int64_t c = 0; c < share_.head_dim; c += kLine) {
+        for (std::int64_t j = i; j <= ahead.range.last; j += kQuarter) {
+          if (j >= ahead.range.first) __builtin_prefetch(head + ahead.offsets[j] + c, 0, 2);
+        }
+      }
     }
-    if (++ahead.head < share_.num_heads) return;
-    ahead.head = 0;
-    ahead.range.first = end;
+    ahead.position = end % kQuarter;
+    if (end == kQuarter) ++ahead.head;
   }
 
   // Fills the panel with what part<whether all are in the range>(j) makes of one head's keys or
@@ -280,6 +301,40 @@ class Attention {
       if (++slot == share_.block_size) {
         slot = 0;
         offset = *++block * share_.block_stride;
+      }
+    }
+  }
+
+  // On AMX: the queries of each head as a right operand, for score_keys.
+  void turn_queries() {
+    Element* out = turned_query_;
+    for (std::int64_t head = 0; head < share_.num_heads; ++head) {
+      const Element* queries = query_ + head * head_rows_ * columns_;
+      for (std::int64_t k = 0; k < share_.head_dim; k += P::kPair) {
+        for (std::int64_t r = 0; r < head_rows_; ++r, out += P::kPair) {
+          __builtin_memcpy(out, queries + r * columns_ + k, P::kPair * sizeof(Element));
+        }
+      }
+    }
+  }
+
+  // On AMX: the scores of one head's few rows with its keys as they lie. The positions of a vector are
+  // neighbours in one block; those outside the range may hold anything, and so may their scores.
+  void score_keys(std::int64_t head, const std::int64_t* offsets, Range range, Ahead& ahead) {
+    const std::int64_t dim = share_.head_dim, first = range.first / kLanes * kLanes;
+    const Kv* keys = share_.keys + head * head_stride();
+    const Element* queries = turned_query_ + head * head_rows_ * dim;
+    alignas(64) float scores[kTile * kLanes];  // [positions, head_rows_]
+    for (std::int64_t j = first; j <= range.last; j += kLanes) {
+      prefetch(ahead);
+      const std::int64_t known = larger(j, range.first);  // whose offset is known
+      tiles_.score_keys(keys + offsets[known] - (known - j) * dim, dim, queries,
+                        dim / P::Tiles::kStep, scores + j * head_rows_, head_rows_);
+    }
+    for (std::int64_t r = 0; r < head_rows_; ++r) {
+      float* row = scores_ + (head * head_rows_ + r) * kTile;
+      for (std::int64_t j = first; j <= range.last; j += kLanes) {
+        store(row + j, tiles_.scores_of_row(scores + j * head_rows_, head_rows_, r));
       }
     }
   }
@@ -450,17 +505,20 @@ class Attention {
 
   const AttentionShare<Kv>& share_;
   const std::int64_t columns_, head_rows_, rows_;
-  const float exponent_;  // turns a difference of scores into a power of 2
-  const float room_;      // the difference of scores that makes kRoom of it
-  Element* panel_;        // of one head's keys, or of its values
-  Element* edge_;         // one step of a panel of values
-  Element* query_;        // [rows, columns]
-  float* scores_;         // [rows, kTile], then the weights
-  float* totals_;         // [rows, kLanes]: lane by lane
+  const float exponent_;         // turns a difference of scores into a power of 2
+  const float room_;             // the difference of scores that makes kRoom of it
+  const bool keys_as_they_lie_;  // on AMX, where rows are few
+  Element* panel_;               // of one head's keys, or of its values
+  Element* edge_;                // one step of a panel of values
+  Element* query_;               // [rows, columns]
+  Element* turned_query_;        // [heads, head_dim / kPair, rows of a head, kPair]
+  float* scores_;                // [rows, kTile], then the weights
+  float* totals_;                // [rows, kLanes]: lane by lane
   // Where the positions of a tile and of the one before it or behind it lie, and of which one that
   // is behind it.
   std::int64_t offsets_[2][kTile];
   std::int64_t located_ = -1;
+  [[no_unique_address]] typename P::Tiles tiles_;
 };
 
 template <typename Kv>

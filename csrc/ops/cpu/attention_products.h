@@ -13,13 +13,92 @@ namespace tinyvllm::TINYVLLM_ISA {
 inline constexpr std::int64_t kTile = kAttentionTile;
 inline constexpr int kTileVectors = kTile / kLanes;
 
+#if defined(__AMX_BF16__)
+// The products on AMX, which takes panels of keys and values as right operands as they are. Its
+// registers are configured for a number of rows, up to 16, and stay so: configuring takes as long as
+// several products.
+class TileProducts {
+ public:
+  static constexpr std::int64_t kStep = kTileDepth;  // elements of k
+
+  // What product() below does, for steps of kStep elements of k.
+  template <bool kFromZero>
+  void multiply(const BFloat16* a, std::int64_t a_stride, const BFloat16* panel,
+                std::int64_t panel_stride, std::int64_t steps, float* c, std::int64_t c_stride,
+                std::int64_t rows, std::int64_t vectors) {
+    for (std::int64_t r = 0; r < rows; r += kTileSide) {
+      configure(rows - r < kTileSide ? rows - r : kTileSide);
+      const auto strip = [&]<int... kSums>(std::int64_t v, Indices<kSums...>) {
+        float* out = c + r * c_stride + v * kTileSide;
+        const std::int64_t out_bytes = c_stride * 4;
+        if constexpr (kFromZero) {
+          (zero_tile<kSums>(), ...);
+        } else {
+          (load_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
+        }
+        for (std::int64_t k = 0; k < steps; ++k) {
+          load_tile<kRows>(a + r * a_stride + k * kStep, a_stride * 2);
+          const BFloat16* right = panel + k * kTileSide * panel_stride + v * kTileDepth;
+          ((load_tile<kPositions>(right + kSums * kTileDepth, panel_stride * 2),
+            multiply_tiles<kSums, kRows, kPositions>()),
+           ...);
+        }
+        (store_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
+      };
+      std::int64_t v = 0;
+      for (; v + 4 <= vectors; v += 4) strip(v, Indices<0, 1, 2, 3>{});
+      for (; v < vectors; ++v) strip(v, Indices<0>{});
+    }
+  }
+
+  // scores[p, r] = sum_k keys[p, k] queries[k, r], of 16 positions p and up to 16 rows r. The keys are a
+  // left operand as they are; queries [k / 2][rows][2] are a right one. To the bit what multiply() makes
+  // of the same keys in a panel.
+  void score_keys(const BFloat16* keys, std::int64_t key_stride, const BFloat16* queries,
+                  std::int64_t steps, float* scores, std::int64_t rows) {
+    configure(rows);
+    zero_tile<kScores>();
+    for (std::int64_t k = 0; k < steps; ++k) {
+      load_tile<kPositions>(keys + k * kStep, key_stride * 2);
+      load_tile<kQueries>(queries + k * kStep * rows, rows * 4);
+      multiply_tiles<kScores, kPositions, kQueries>();
+    }
+    store_tile<kScores>(scores, rows * 4);
+  }
+
+  // out[p] = scores[p, r] for 16 positions p, one row r.
+  static Float scores_of_row(const float* scores, std::int64_t rows, std::int64_t r) {
+    const __m512i p = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_mullo_epi32(p, _mm512_set1_epi32(static_cast<int>(rows)));
+    return _mm512_i32gather_ps(index, scores + r, 4);
+  }
+
+ private:
+  void configure(std::int64_t rows) {
+    if (rows == configured_) return;
+    TileConfig config;
+    for (int tile = 0; tile <= kRows; ++tile) config.set(tile, rows, kTileRowBytes);
+    config.set(kPositions, kTileSide, kTileRowBytes);
+    config.set(kQueries, kTileSide, rows * 4);
+    config.set(kScores, kTileSide, rows * 4);
+    configure_tiles(config);
+    configured_ = rows;
+  }
+
+  // Registers 0 to 3 are sums of four vectors of columns.
+  static constexpr int kRows = 4, kPositions = 5, kQueries = 6, kScores = 7;
+  std::int64_t configured_ = 0;  // for how many rows
+};
+#endif
+
 // How the two products multiply. Generic: in float32, keys and values widened exactly.
 template <typename Kv>
 struct Products {
-  static constexpr bool kTiles = false;  // whether product_tiles() is to be used where it can
-  using Element = float;                 // of the panels, and of what they are multiplied with
-  static constexpr int kPair = 1;        // successive elements of k that one step consumes
-  static constexpr int kLoad = kLanes;   // elements of Kv in one vector
+  static constexpr bool kTiles = false;  // whether there are Tiles, to be used where they can be
+  struct Tiles {};
+  using Element = float;                // of the panels, and of what they are multiplied with
+  static constexpr int kPair = 1;       // successive elements of k that one step consumes
+  static constexpr int kLoad = kLanes;  // elements of Kv in one vector
 
   TINYVLLM_INLINE static Float load_row(const Kv* p) { return load(p); }
   TINYVLLM_INLINE static Float load_row(const Kv* p, std::int64_t count) {
@@ -55,8 +134,10 @@ template <>
 struct Products<BFloat16> {
 #if defined(__AMX_BF16__)
   static constexpr bool kTiles = true;
+  using Tiles = TileProducts;
 #else
   static constexpr bool kTiles = false;
+  struct Tiles {};
 #endif
   using Element = BFloat16;
   static constexpr int kPair = 2;
@@ -181,46 +262,5 @@ void product(const typename P::Element* a, std::int64_t a_stride, const typename
   }
   if (v < vectors) strip.template operator()<1>(v);
 }
-
-#if defined(__AMX_BF16__)
-// The same on AMX, for k_tiles steps of 32 elements of k.
-template <bool kFromZero>
-void product_tiles(const BFloat16* a, std::int64_t a_stride, const BFloat16* panel,
-                   std::int64_t panel_stride, std::int64_t k_tiles, float* c, std::int64_t c_stride,
-                   std::int64_t rows, std::int64_t vectors) {
-  constexpr int kLeft = 4, kRight = 5;  // 0 to 3: sums of four vectors of columns
-  std::int64_t configured = 0;
-  for (std::int64_t r = 0; r < rows; r += kTileSide) {
-    const std::int64_t tile_rows = rows - r < kTileSide ? rows - r : kTileSide;
-    if (tile_rows != configured) {
-      TileConfig config;
-      for (int tile = 0; tile < kRight; ++tile) config.set(tile, tile_rows, kTileRowBytes);
-      config.set(kRight, kTileSide, kTileRowBytes);
-      configure_tiles(config);
-      configured = tile_rows;
-    }
-    const auto strip = [&]<int... kSums>(std::int64_t v, Indices<kSums...>) {
-      float* out = c + r * c_stride + v * kTileSide;
-      const std::int64_t out_bytes = c_stride * 4;
-      if constexpr (kFromZero) {
-        (zero_tile<kSums>(), ...);
-      } else {
-        (load_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
-      }
-      for (std::int64_t k = 0; k < k_tiles; ++k) {
-        load_tile<kLeft>(a + r * a_stride + k * kTileDepth, a_stride * 2);
-        const BFloat16* right = panel + k * kTileSide * panel_stride + v * kTileDepth;
-        ((load_tile<kRight>(right + kSums * kTileDepth, panel_stride * 2),
-          multiply_tiles<kSums, kLeft, kRight>()),
-         ...);
-      }
-      (store_tile<kSums>(out + kSums * kTileSide, out_bytes), ...);
-    };
-    std::int64_t v = 0;
-    for (; v + 4 <= vectors; v += 4) strip(v, Indices<0, 1, 2, 3>{});
-    for (; v < vectors; ++v) strip(v, Indices<0>{});
-  }
-}
-#endif
 
 }  // namespace tinyvllm::TINYVLLM_ISA
