@@ -4,8 +4,8 @@ A benchmark is a list of rows and a call of main(). One row of one run:
 
 1. Each peer gets the checkpoint in its own format and is loaded in a process of its own. One that
    is not installed stays in the row, with the reason.
-2. A short warm-up, then rounds. Each measures the machine's limits, reading on a CPU the very file
-   whose weights the row is about, and then every peer once, in another order each time.
+2. A short warm-up, then rounds. Each measures the machine's limits, on a CPU by reading the
+   checkpoint itself, and then every peer once, in another order each time.
 3. In every round it is checked that there are as many tokens as were asked for, and in the first
    one that they are this engine's up to a near tie. A peer that did other work is refused: no ratio
    is computed, and the run ends with exit code 1.
@@ -45,13 +45,14 @@ from peers.peer import Outcome, TokenIds, Work
 from results import Json
 from tinyvllm import dummy
 from tinyvllm._core import default_num_threads, supported_isas
+from tinyvllm.errors import TinyvllmError
 from tinyvllm.limits import MachineLimits, measure_limits
 from tinyvllm.model_cost import ModelCost
 
 MODELS = ROOT.parent / "build" / "models"
 TRIALS = ROOT.parent / "build" / "benchmarks"  # what --scaled-by writes: no results
 
-# What oneDNN, on which OpenVINO and PyTorch build, calls our instruction sets.
+# What oneDNN calls our instruction sets.
 _ONEDNN_ISAS = {
     "portable": "SSE41",
     "avx2": "AVX2",
@@ -74,8 +75,8 @@ Length = int | tuple[int, int]  # as it is, or drawn from first to last for each
 class Row:
     """One line of a table.
 
-    measures  decode: output tokens after the first, a second; all prompts are in one step of this
-              engine, so that from there on every sequence decodes
+    measures  decode: output tokens after the first, a second; all prompts are in one step, so that
+              from there on every sequence decodes
               prefill: prompt tokens a second until every sequence has its first token
               throughput: output tokens a second, of all sequences, from start to end
               first_token: seconds until every sequence has its first token
@@ -132,9 +133,10 @@ class Row:
         return sum(ends)
 
     def step_tokens(self) -> int:
-        """How many this engine takes at a time: as many as it does by itself, or all prompts."""
+        """How many tokens an engine takes at a time: all prompts of a decode."""
         length = self.prompt_len if isinstance(self.prompt_len, int) else self.prompt_len[1]
-        return max(2048, self.num_prompts * length) if self.measures == "decode" else 2048
+        decode = self.num_prompts * length if self.measures == "decode" else 0
+        return max(2048, self.num_prompts, decode)
 
     def work(self, vocab_size: int) -> Work:
         """Random prompts without special tokens, the same for every peer and in every run."""
@@ -523,8 +525,8 @@ def parse(
     parser.add_argument(
         "--isa",
         choices=supported_isas(),
-        help="give no engine a better instruction set than this one; llama.cpp has the one that it "
-        "was compiled for",
+        help="this engine and oneDNN, on which OpenVINO and PyTorch build, use no better set of "
+        "instructions than this one; needs --output",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=list(peers), choices=list(PEERS))
@@ -534,6 +536,8 @@ def parse(
     unknown = set(arguments.rows) - {row.name for row in rows}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}. --list prints them.")
+    if arguments.isa and not arguments.output:
+        parser.error("--isa makes rows of another kind; name a file for them with --output.")
     return arguments
 
 
@@ -581,7 +585,7 @@ def main(
             row = dataclasses.replace(row, model=arguments.model, what=what, must=None)
         try:
             result = bench.run(row.scaled_by(arguments.scaled_by))
-        except (PeerError, DifferentWorkError) as error:
+        except (PeerError, DifferentWorkError, TinyvllmError) as error:
             print(f"error: {row.name}: {error}", file=sys.stderr)
             failed = True
             continue

@@ -278,6 +278,15 @@ def test_tokens_that_come_before_the_last_first_one_are_not_decoded_in_the_time_
     row = bench_report.latency_row({}, [run], cost, limits)
     assert row["prefill_throughput"] == pytest.approx(44 / 4)
     assert row["decode_throughput"] == pytest.approx(4 / 3)
+    share = row["decode_bandwidth_share"]
+
+    # A run without late tokens has no rate, and takes none from the others.
+    early = Run(Work([[1] * 4], [1]))
+    early.requests[0].token_times, early.requests[0].ended = [1.0], 1.0
+    early.step_times, early.seconds = [1.0], 1.0
+    row = bench_report.latency_row({}, [run, early], cost, limits)
+    assert row["decode_throughput"] == pytest.approx(4 / 3)
+    assert row["decode_bandwidth_share"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.05, False), (1.5, True)])

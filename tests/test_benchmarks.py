@@ -211,7 +211,10 @@ def test_all_engines_can_be_held_to_an_older_instruction_set(
         monkeypatch.setenv(variable, "")  # so that it is as before after the test
     arguments = ["--models", str(models), "--rounds", "1", "--peers", "--isa", "portable"]
     monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
-    runner.main("A benchmark.", [row()], [], tmp_path / "out.json")
+    with pytest.raises(SystemExit):  # its rows must not take the place of the others
+        runner.main("A benchmark.", [row()], [], tmp_path / "out.json")
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments, "--output", str(tmp_path / "out.json")])
+    runner.main("A benchmark.", [row()], [], tmp_path / "results.json")
     (result,) = results.read_rows(tmp_path / "out.json")
     assert result["machine"]["isa"] == "portable"
     assert result["command"] == "benchmarks/x.py --rounds 1 --isa portable"

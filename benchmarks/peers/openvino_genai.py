@@ -25,7 +25,7 @@ class OpenvinoGenai(Peer):
         scheduler = genai.SchedulerConfig()
         scheduler.enable_prefix_caching = False
         scheduler.max_num_seqs = settings.max_num_seqs
-        scheduler.max_num_batched_tokens = max(2048, settings.max_model_len)
+        scheduler.max_num_batched_tokens = max(settings.max_step_tokens, settings.max_model_len)
         scheduler.cache_size = 1  # GiB
         properties = {
             "INFERENCE_NUM_THREADS": settings.num_threads,

@@ -66,7 +66,7 @@ class Settings:
     num_threads: int
     max_num_seqs: int = 1
     max_model_len: int = 1024
-    max_step_tokens: int = 2048  # that this engine takes at a time
+    max_step_tokens: int = 2048  # at a time, where an engine has such a limit
     device: str = "cpu"
     tokenizer: bool = False  # whether encode() will be called
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this engine's LLM

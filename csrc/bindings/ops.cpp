@@ -552,7 +552,7 @@ void bind_ops(py::module_& module) {
         const py::gil_scoped_release release;
         return measure_read_bandwidth(ctx, std::as_bytes(bytes), seconds);
       },
-      py::arg("ctx"), py::arg("seconds") = 0.5, py::arg("memory") = py::none(),
+      py::arg("ctx"), py::arg("seconds") = 0.5, py::arg("memory").noconvert() = py::none(),
       "Bytes a second that the threads of ctx read from memory: this one, or 1 GiB of its own.");
   module.def("measure_arithmetic", &measure_arithmetic, py::arg("ctx"), py::arg("seconds") = 0.2,
              py::call_guard<py::gil_scoped_release>(),

@@ -28,7 +28,8 @@ class MachineLimits:
 def measure_limits(
     device: str = "auto", num_threads: int | None = None, weights: np.ndarray | None = None
 ) -> MachineLimits:
-    """Measures the limits now, in about a second. They move on a shared machine: measure beside.
+    """Measures the limits now, in about a second, or in what four passes over `weights` take. They
+    move on a shared machine: measure beside.
 
     device: auto, cpu or cuda, as for LLM. num_threads: None for as many as an LLM would use.
     weights: bytes to read, say the mapped file of a model (numpy.memmap), since how fast a memory

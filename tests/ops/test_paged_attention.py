@@ -316,7 +316,7 @@ def test_chunks_across_tiles_and_splits_change_no_bit(
     length, count = 2 * SPLIT + 75, 150
     context = Context.random(rng, length, count, 4, 2, dim, dtype)
     whole = attend(other_device, [context], 0.2, window)
-    for chunk in (1, 41, 64):
+    for chunk in (1, 8, 41, 64):
         for end in {length, length - 74, length - 75, length - 76, length - count + chunk}:
             got = attend(device, [context.up_to(end, chunk)], 0.2, window)
             first = end - chunk - context.first_position
@@ -327,14 +327,20 @@ def test_chunks_across_tiles_and_splits_change_no_bit(
 @pytest.mark.parametrize("length", [70, SPLIT + 70])
 @pytest.mark.parametrize(
     ("count", "dim", "dtype"),
-    [(9, 24, "float32"), (1, 64, "bfloat16"), (3, 96, "bfloat16"), (9, 64, "bfloat16")],
+    [
+        (9, 24, "float32"),
+        (1, 64, "bfloat16"),
+        (3, 96, "bfloat16"),
+        (4, 256, "bfloat16"),
+        (9, 64, "bfloat16"),
+    ],
 )
 def test_the_size_and_order_of_blocks_change_no_bit(
     device: Any, rng: np.random.Generator, length: int, count: int, dim: int, dtype: str
 ) -> None:
     context = Context.random(rng, length, count, 4, 2, dim, dtype)
     want = Pool([context], block_size=16).attend(device, 0.2)
-    for block_size in (1, 3, 32, 256):
+    for block_size in (1, 3, 32, 48, 256):
         for seed in (2, 3):
             got = Pool([context], block_size, seed).attend(device, 0.2)
             assert same_bits(got, want), f"blocks of {block_size}, order {seed}"
@@ -353,15 +359,25 @@ def test_q_may_be_a_part_of_wider_rows(device: Any, rng: np.random.Generator) ->
     ("dim", "block_size", "dtype"),
     [(10, 1, "float32"), (10, 1, "bfloat16"), (32, 16, "bfloat16")],
 )
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_outside_the_operands_is_read(
-    device: Any, rng: np.random.Generator, dim: int, block_size: int, dtype: str, end: bool
+    device: Any,
+    rng: np.random.Generator,
+    dim: int,
+    block_size: int,
+    dtype: str,
+    window: int,
+    end: bool,
 ) -> None:
-    pool = Pool([Context.random(rng, 7, 2, 2, 2, dim, dtype)], block_size)
-    want = pool.attend(device, 0.2)
+    context = Context.random(rng, 7, 2, 2, 2, dim, dtype)
+    pool = Pool([context], block_size, seed=2 if end else 4 if block_size == 1 else 1)
+    last = len(pool.keys) - 1
+    assert (last if end else 0) in pool.tables[0]  # a block beside the guarded page
+    want = pool.attend(device, 0.2, window)
     guarded = [Guarded(array, end) for array in (pool.queries(), pool.keys, pool.values)]
     queries, pool.keys, pool.values = (guard.array for guard in guarded)
-    assert same_bits(pool.attend(device, 0.2, queries=queries), want)
+    assert same_bits(pool.attend(device, 0.2, window, queries=queries), want)
 
 
 def test_more_query_heads_on_a_kv_head_than_the_kernel_takes_are_refused(

@@ -38,8 +38,7 @@ class Attention {
         rows_(share.num_heads * head_rows_),
         exponent_(share.scale * 1.44269504088896341f),
         room_(kRoom / exponent_),
-        keys_as_they_lie_(P::kTiles && head_rows_ <= kLanes && share.head_dim % P::kLoad == 0 &&
-                          share.block_size % kLanes == 0) {
+        keys_as_they_lie_(may_score_keys(head_rows_, share)) {
     float* memory = share.scratch;
     const auto take = [&](std::int64_t size) {
       float* taken = memory;
@@ -49,7 +48,8 @@ class Attention {
     panel_ = reinterpret_cast<Element*>(take(kTile * columns_));
     edge_ = reinterpret_cast<Element*>(take(columns_));
     query_ = reinterpret_cast<Element*>(take(rows_ * columns_));
-    turned_query_ = query_ + rows_ * columns_;  // there is room for floats
+    static_assert(!P::kTiles || 2 * sizeof(Element) <= sizeof(float));
+    turned_query_ = query_ + rows_ * columns_;  // the other half of what is there; for Tiles only
     scores_ = take(rows_ * kTile);
     totals_ = take(rows_ * kLanes);
   }
@@ -92,6 +92,7 @@ class Attention {
   // The positions of a tile that a token sees, relative to the tile's first. Empty: last < first.
   struct Range {
     std::int64_t first, last;
+    bool has_vector_at(std::int64_t j) const { return j >= first && j + kLanes - 1 <= last; }
     bool all() const { return first == 0 && last == kTile - 1; }
     bool empty() const { return last < first; }
   };
@@ -103,9 +104,9 @@ class Attention {
   }
 
   // Head by head, first the keys and then the values, through a panel that stays in the L1 cache.
-  // Memory gives more in the order in which it lies, all heads of some slots together: so the tile's
-  // values are prefetched while its keys are multiplied, and with the values the next tile's keys, some
-  // lines at each turn.
+  // Memory is slow to give some lines here and some there when they are needed: so the tile's values are
+  // prefetched while its keys are multiplied, and with the values the next tile's keys, some at each
+  // turn, in an order of their own (Ahead).
   void attend_tile(std::int64_t tile) {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
@@ -239,8 +240,8 @@ class Attention {
   std::int64_t head_stride() const { return share_.block_size * share_.head_dim; }
 
   // Keys or values that are needed next. A fetch takes `step` positions from each quarter of the tile,
-  // head by head: where a quarter is a block, that is a stream of memory, and of four streams read a line
-  // each in turn a memory gives more than of one after the other.
+  // head by head. Where a quarter is a block, whose heads lie one behind the other, these are four
+  // streams of memory, a line of each in turn, and memory gives more of them than of one after the other.
   struct Ahead {
     const Kv* first;              // of the first head
     const std::int64_t* offsets;  // from there to each position's
@@ -279,8 +280,7 @@ class Attention {
   void pack(Range range, Ahead& ahead, F&& part) {
     for (std::int64_t j = range.first / kLanes * kLanes; j <= range.last; j += kLanes) {
       prefetch(ahead);
-      const bool inside = j >= range.first && j + kLanes - 1 <= range.last;
-      if (inside && share_.head_dim % P::kLoad == 0) {
+      if (range.has_vector_at(j) && share_.head_dim % P::kLoad == 0) {
         part.template operator()<true>(j);
       } else {
         part.template operator()<false>(j);
@@ -305,7 +305,16 @@ class Attention {
     }
   }
 
-  // On AMX: the queries of each head as a right operand, for score_keys.
+  // On AMX: whether few rows are multiplied with keys where they lie.
+  static bool may_score_keys(std::int64_t rows, const AttentionShare<Kv>& share) {
+    if constexpr (P::kTiles) {
+      return rows <= kLanes && share.head_dim % P::Tiles::kStep == 0 &&
+             share.block_size % kLanes == 0;
+    }
+    return false;
+  }
+
+  // The queries of each head as a right operand, for score_keys.
   void turn_queries() {
     Element* out = turned_query_;
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
@@ -318,8 +327,8 @@ class Attention {
     }
   }
 
-  // On AMX: the scores of one head's few rows with its keys as they lie. The positions of a vector are
-  // neighbours in one block; those outside the range may hold anything, and so may their scores.
+  // The scores of one head's few rows with its keys where they lie: the positions of a vector are
+  // neighbours in one block.
   void score_keys(std::int64_t head, const std::int64_t* offsets, Range range, Ahead& ahead) {
     const std::int64_t dim = share_.head_dim, first = range.first / kLanes * kLanes;
     const Kv* keys = share_.keys + head * head_stride();
@@ -327,9 +336,10 @@ class Attention {
     alignas(64) float scores[kTile * kLanes];  // [positions, head_rows_]
     for (std::int64_t j = first; j <= range.last; j += kLanes) {
       prefetch(ahead);
-      const std::int64_t known = larger(j, range.first);  // whose offset is known
-      tiles_.score_keys(keys + offsets[known] - (known - j) * dim, dim, queries,
-                        dim / P::Tiles::kStep, scores + j * head_rows_, head_rows_);
+      const Kv* vector =
+          range.has_vector_at(j) ? keys + offsets[j] : copy_of_part(keys, offsets, j, range);
+      tiles_.score_keys(vector, dim, queries, dim / P::Tiles::kStep, scores + j * head_rows_,
+                        head_rows_);
     }
     for (std::int64_t r = 0; r < head_rows_; ++r) {
       float* row = scores_ + (head * head_rows_ + r) * kTile;
@@ -337,6 +347,21 @@ class Attention {
         store(row + j, tiles_.scores_of_row(scores + j * head_rows_, head_rows_, r));
       }
     }
+  }
+
+  // A vector of positions that are not all in the range. Those outside it count as 0, and are not read.
+  const Kv* copy_of_part(const Kv* keys, const std::int64_t* offsets, std::int64_t j,
+                         Range range) const {
+    const auto bytes = static_cast<std::size_t>(share_.head_dim) * sizeof(Kv);
+    for (std::int64_t i = 0; i < kLanes; ++i) {
+      Kv* row = panel_ + i * share_.head_dim;  // keys that need no panel leave it free
+      if (j + i < range.first || j + i > range.last) {
+        __builtin_memset(static_cast<void*>(row), 0, bytes);
+      } else {
+        __builtin_memcpy(row, keys + offsets[j + i], bytes);
+      }
+    }
+    return panel_;
   }
 
   // kLoad columns from c on of a head's keys, at the positions from j on that fill one vector. part[i]

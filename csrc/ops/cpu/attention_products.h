@@ -1,5 +1,5 @@
 // The two products of attention, queries with keys and weights with values: rows with a panel of 64
-// positions. attention_kernel.h says what the panels are and why the order of the sums matters.
+// positions, or on AMX with keys where they lie. attention_kernel.h says what the panels are and why the order of the sums matters.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -91,11 +91,13 @@ class TileProducts {
 };
 #endif
 
+struct NoTiles {};
+
 // How the two products multiply. Generic: in float32, keys and values widened exactly.
 template <typename Kv>
 struct Products {
   static constexpr bool kTiles = false;  // whether there are Tiles, to be used where they can be
-  struct Tiles {};
+  using Tiles = NoTiles;
   using Element = float;                // of the panels, and of what they are multiplied with
   static constexpr int kPair = 1;       // successive elements of k that one step consumes
   static constexpr int kLoad = kLanes;  // elements of Kv in one vector
@@ -137,7 +139,7 @@ struct Products<BFloat16> {
   using Tiles = TileProducts;
 #else
   static constexpr bool kTiles = false;
-  struct Tiles {};
+  using Tiles = NoTiles;
 #endif
   using Element = BFloat16;
   static constexpr int kPair = 2;

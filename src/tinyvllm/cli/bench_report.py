@@ -36,16 +36,15 @@ Row = dict[str, Any]
 def latency_row(point: Row, runs: list[Run], cost: ModelCost, limits: MachineLimits | None) -> Row:
     """One point of `bench latency`, over its repeats. `point`: what was asked for."""
     prefill, decode = Cost(), Cost()
-    prefill_seconds, decode_seconds, decoded = [], [], []
+    prefill_seconds, decode_seconds, decode_rates = [], [], []
     for run in runs:
         split = max(request.token_times[0] for request in run.requests)
         prefill_seconds.append(split)
-        decode_seconds.append(run.seconds - split)
-        decoded.append(0)  # tokens; a sequence may have some before another one has its first
+        decoded = 0  # a sequence may have tokens before another one has its first
         for request in run.requests:
             early = sum(now <= split for now in request.token_times)  # the first one included
             late = len(request.token_times) - early
-            decoded[-1] += late
+            decoded += late
             prefill += cost.prefill(request.num_prompt, request.num_cached)
             prefill += cost.decode(request.num_prompt, early - 1)
             decode += cost.decode(request.num_prompt + early - 1, late)
@@ -54,6 +53,9 @@ def latency_row(point: Row, runs: list[Run], cost: ModelCost, limits: MachineLim
                 prefill += cost.step()
             else:
                 decode += cost.step()
+        if decoded:
+            decode_seconds.append(run.seconds - split)
+            decode_rates.append(decoded / decode_seconds[-1])
     requests = [request for run in runs for request in run.requests]
     return {
         **point,
@@ -62,13 +64,9 @@ def latency_row(point: Row, runs: list[Run], cost: ModelCost, limits: MachineLim
         **_metrics(requests),
         "prefill_throughput": sum(r.num_prompt for r in runs[0].requests)
         / statistics.median(prefill_seconds),
-        "decode_throughput": statistics.median(
-            count / seconds for count, seconds in zip(decoded, decode_seconds, strict=True)
-        )
-        if all(decoded)
-        else None,
+        "decode_throughput": statistics.median(decode_rates) if decode_rates else None,
         **_shares("prefill_", prefill, sum(prefill_seconds), limits),
-        **_shares("decode_", decode, sum(decode_seconds) if all(decoded) else 0.0, limits),
+        **_shares("decode_", decode, sum(decode_seconds), limits),
         "durations": [run.seconds for run in runs],
         **_raw(requests),
     }
