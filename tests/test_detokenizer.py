@@ -96,6 +96,20 @@ def test_the_stream_is_the_decode_of_all_ids(name):
     check()
 
 
+@pytest.mark.parametrize("before", range(20))
+def test_a_token_without_text_may_follow_where_a_run_of_bytes_leaves_the_window(before):
+    """What is left of the run decodes to U+FFFD then, which is no text of its own."""
+    tokenizer = TOKENIZERS["byte-fallback, empty token"]
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
+    fox, letter = (
+        [tokens.index(f"<0x{byte:02X}>") for byte in text.encode()] for text in ("🦊", "a")
+    )
+    ids = [tokens.index("a")] * before + fox * 3 + letter + [tokenizer.empty_token_id]
+    for tail in ([], fox, [tokens.index("a")]):
+        _, pieces = stream(tokenizer, ids + tail)
+        assert "".join(pieces) == tokenizer.decode(ids + tail, False)
+
+
 @pytest.mark.parametrize("name", ["byte-level", "byte-fallback", "metaspace"])
 def test_the_stream_with_stop_strings_is_the_decode_cut_at_the_first(name):
     tokenizer = TOKENIZERS[name]

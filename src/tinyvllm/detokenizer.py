@@ -100,14 +100,15 @@ class IncrementalDetokenizer:
         """The certain text that `ids` add."""
         self._window += ids
         text = self._decode_window()
-        certain = len(text) - (text.endswith("\ufffd") and not last)
+        held_back = text.endswith("\ufffd") and not last
+        certain = len(text) - held_back
         piece = text[self._passed_on : certain]
         self._passed_on = certain
         if len(self._window) > _MAX_WINDOW:
-            # A broken run stays broken only if what broke it stays in the window.
+            # A broken run stays broken only if what broke it stays in the window. One that is cut
+            # within a character decodes to U+FFFD now, but what it stood for has been passed on.
             self._window = self._broken_run[:] or self._context()
-            text = self._decode_window()
-            self._passed_on = len(text) - text.endswith("\ufffd")
+            self._passed_on = len(self._decode_window()) - held_back
         return piece
 
     def _decode_window(self) -> str:
