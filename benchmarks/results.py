@@ -14,7 +14,7 @@ one. Every row stands for itself:
     command         arguments that repeat the row
     must            the ratio to the best peer that is asked for, or null
     limits          read_bandwidth_bytes_per_second and bf16_flops_per_second, one value a round. On
-                    a CPU the former is of the model's own file, before 2026-11-29 of 1 GiB
+                    a CPU the former is of the model's own file; before commit 6d77b5d of 1 GiB
     limit           the value that these limits allow (tinyvllm.model_cost), the median over
                     rounds, or null
     peers           one object a peer:
