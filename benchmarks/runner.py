@@ -71,6 +71,10 @@ _TEXT = "The quick brown fox said that it had seen all of the old town at least 
 Length = int | tuple[int, int]  # as it is, or drawn from first to last for each sequence
 
 
+def _most(length: Length) -> int:
+    return length if isinstance(length, int) else length[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of a table.
@@ -129,13 +133,11 @@ class Row:
 
     def longest(self) -> int:
         """Tokens of prompt and output that a sequence may have."""
-        ends = [n if isinstance(n, int) else n[1] for n in (self.prompt_len, self.max_tokens)]
-        return sum(ends)
+        return _most(self.prompt_len) + _most(self.max_tokens)
 
     def step_tokens(self) -> int:
         """How many tokens an engine takes at a time: all prompts of a decode."""
-        length = self.prompt_len if isinstance(self.prompt_len, int) else self.prompt_len[1]
-        decode = self.num_prompts * length if self.measures == "decode" else 0
+        decode = self.num_prompts * _most(self.prompt_len) if self.measures == "decode" else 0
         return max(2048, self.num_prompts, decode)
 
     def work(self, vocab_size: int) -> Work:
