@@ -31,7 +31,7 @@ using Int = std::int32_t __attribute__((vector_size(kLanes * 4)));
 using UInt = std::uint32_t __attribute__((vector_size(kLanes * 4)));
 using UShort = std::uint16_t __attribute__((vector_size(kLanes * 2)));
 
-TINYVLLM_INLINE Float broadcast(float value) { return Float{} + value; }
+TINYVLLM_INLINE Float broadcast(float value) { return value - Float{}; }
 
 TINYVLLM_INLINE Float load(const float* p) {
   Float v;
