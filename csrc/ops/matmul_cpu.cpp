@@ -2,7 +2,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <type_traits>
 
 #include "base/errors.h"
 #include "ops/cpu/strips.h"
@@ -22,11 +21,69 @@ constexpr std::int64_t kStripsPerThread = 4;
 constexpr std::int64_t kMemoryBoundRows = 16;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 
-// A set of kernels for one pair of dtypes and one layout of weights.
-template <typename X, typename W>
-struct Product {
-  void (*multiply)(const MatmulShare<X, W>&);
-  void (*pack)(const PackShare&) = nullptr;
+// What kernels get as x, once for all shares of a product: x as it lies,
+template <typename X>
+struct AsItLies {
+  static constexpr bool kTiles = false;                   // whether it is for AMX
+  static constexpr std::int64_t kOutputs = kTileOutputs;  // a share has a multiple of these
+  TensorView x;
+
+  std::int64_t stride() const { return x.row_stride; }
+  std::size_t bytes() const { return 0; }
+  std::int64_t scratch() const { return 0; }  // of a share, in floats
+  const X* make(const CpuContext& /*ctx*/, std::byte* /*memory*/) const { return x.row<X>(0); }
+};
+
+// x in tiles of AMX,
+struct InTiles {
+  static constexpr bool kTiles = true;
+  static constexpr std::int64_t kOutputs = kPanelOutputs;
+  TensorView x;
+  void (*pack)(const PackShare&);
+
+  std::int64_t stride() const { return 0; }
+  std::size_t bytes() const {
+    return static_cast<std::size_t>(packed_elements(x.rows, x.cols)) * sizeof(BFloat16);
+  }
+  std::int64_t scratch() const { return kMatmulScratch; }
+  const BFloat16* make(const CpuContext& ctx, std::byte* memory) const {
+    if (lies_packed(x.rows, x.cols)) return x.row<BFloat16>(0);
+    auto* packed = reinterpret_cast<BFloat16*>(memory);
+    ctx.parallel_for(packed_pieces(x.rows, x.cols), [&](std::int64_t piece, int) {
+      pack({x.row<BFloat16>(0), x.row_stride, x.rows, x.cols, piece, packed});
+    });
+    return packed;
+  }
+};
+
+// its rows widened or in another order,
+template <typename From>
+struct Converted {
+  static constexpr bool kTiles = false;
+  static constexpr std::int64_t kOutputs = kTileOutputs;
+  TensorView x;
+  void (*convert)(const From* row, std::int64_t size, float* out);
+
+  std::int64_t stride() const {
+    return CpuContext::operand_stride(DType::kFloat32, whole_steps(x.cols));
+  }
+  std::size_t bytes() const { return static_cast<std::size_t>(x.rows * stride()) * sizeof(float); }
+  std::int64_t scratch() const { return 0; }
+  const float* make(const CpuContext& ctx, std::byte* memory) const {
+    auto* rows = reinterpret_cast<float*>(memory);
+    ctx.parallel_for(x.rows, [&](std::int64_t row, int) {
+      convert(x.row<From>(row), x.cols, rows + row * stride());
+    });
+    return rows;
+  }
+};
+
+// or in lane order.
+template <typename From, typename W>
+struct InLanes : Converted<From> {
+  static constexpr std::int64_t kOutputs = kPanelOutputs;
+
+  std::int64_t scratch() const { return lane_scratch(this->x.cols, sizeof(W)); }
 };
 
 // Where sums of products go: rows of floats.
@@ -36,28 +93,24 @@ struct Target {
   bool accumulate = false;
 };
 
-// One product: its x as the kernel wants it, and memory of each thread's own.
-template <typename X, typename W>
+// One product: its kernel, the x that it gets, and memory of each thread's own.
+template <typename X, typename W, typename Operand>
 class Multiplication {
  public:
-  Multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, Product<X, W> product)
-      : ctx_(ctx),
-        x_(x),
-        weight_(weight),
-        product_(product),
-        x_operand_(x.row<X>(0)),
-        kernel_floats_(product.pack ? kMatmulScratch : 0) {}
+  Multiplication(const CpuContext& ctx, const Weight& weight,
+                 void (*kernel)(const MatmulShare<X, W>&), Operand operand)
+      : ctx_(ctx), weight_(weight), kernel_(kernel), operand_(operand) {}
 
   // The strips of `blocks`, of a multiple of `multiple` outputs each, and no more than `most` if that
   // allows it.
   Strips strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t most) const {
     const bool panels = weight_.layout == WeightLayout::kPanels;
-    multiple = std::max(multiple, panels || product_.pack ? kPanelOutputs : kTileOutputs);
+    multiple = std::max(multiple, panels ? kPanelOutputs : Operand::kOutputs);
     const std::int64_t stored_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
     const std::int64_t row_bytes = std::max<std::int64_t>(stored_bytes, 1);
-    const bool few_rows = x_.rows <= (product_.pack ? kStreamedRows : kMemoryBoundRows);
+    const bool few_rows = operand_.x.rows <= (Operand::kTiles ? kStreamedRows : kMemoryBoundRows);
     const std::int64_t packed_most = few_rows ? kMostStreamedOutputs : kMostPackedOutputs;
-    most = std::min(most, product_.pack ? packed_most : kStripBytes / row_bytes);
+    most = std::min(most, Operand::kTiles ? packed_most : kStripBytes / row_bytes);
     const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
     if (!few_rows) most = std::min(most, by_threads);
     const std::int64_t least = few_rows ? std::min(kLeastStripBytes / row_bytes, by_threads) : most;
@@ -66,47 +119,41 @@ class Multiplication {
 
   // The memory that it works in, with `floats` of each thread's own for the caller.
   std::size_t scratch_bytes(std::int64_t floats = 0) const {
-    const std::int64_t packed = product_.pack ? packed_elements(x_.rows, x_.cols) : 0;
-    return bytes_of_threads(floats) + static_cast<std::size_t>(packed) * sizeof(X);
+    return bytes_of_threads(floats) + operand_.bytes();
   }
 
-  // Before the first product: takes that memory and packs x, unless it lies packed.
+  // Before the first product: takes that memory and makes x.
   void prepare(std::int64_t floats = 0) {
-    thread_floats_ = kernel_floats_ + floats;
+    thread_floats_ = operand_.scratch() + floats;
     std::byte* memory = ctx_.scratch(scratch_bytes(floats));
     memory_ = reinterpret_cast<float*>(memory);
-    if constexpr (std::is_same_v<X, BFloat16>) {
-      if (product_.pack == nullptr || lies_packed(x_.rows, x_.cols)) return;
-      auto* operand = reinterpret_cast<BFloat16*>(memory + bytes_of_threads(floats));
-      ctx_.parallel_for(packed_pieces(x_.rows, x_.cols), [&](std::int64_t piece, int) {
-        product_.pack({x_.row<X>(0), x_.row_stride, x_.rows, x_.cols, piece, operand});
-      });
-      x_operand_ = operand;
-    }
+    x_ = operand_.make(ctx_, memory + bytes_of_threads(floats));
   }
 
-  float* floats_of(int worker) const { return memory_ + worker * thread_floats_ + kernel_floats_; }
+  float* floats_of(int worker) const {
+    return memory_ + worker * thread_floats_ + operand_.scratch();
+  }
 
   // Outputs n to n + num_outputs of a row block, for all rows of x.
   void multiply(const RowBlock& block, std::int64_t n, std::int64_t num_outputs, Target target,
                 int worker) const {
-    product_.multiply(
-        {.x = x_operand_,
-         .x_stride = x_.row_stride,
-         .weight = static_cast<const W*>(block.data) + n * stored_depth(),
-         .bias = block.bias == nullptr ? nullptr : block.bias + n,
-         .out = target.first,
-         .out_stride = target.stride,
-         .accumulate = target.accumulate,
-         .num_rows = x_.rows,
-         .num_outputs = num_outputs,
-         .depth = weight_.depth,
-         .scratch = kernel_floats_ == 0 ? nullptr : memory_ + worker * thread_floats_});
+    kernel_({.x = x_,
+             .x_stride = operand_.stride(),
+             .weight = static_cast<const W*>(block.data) + n * stored_depth(),
+             .bias = block.bias == nullptr ? nullptr : block.bias + n,
+             .out = target.first,
+             .out_stride = target.stride,
+             .accumulate = target.accumulate,
+             .num_rows = operand_.x.rows,
+             .num_outputs = num_outputs,
+             .depth = weight_.depth,
+             .scratch = operand_.scratch() == 0 ? nullptr : memory_ + worker * thread_floats_});
   }
 
  private:
   std::size_t bytes_of_threads(std::int64_t floats) const {
-    return static_cast<std::size_t>(ctx_.num_threads() * (kernel_floats_ + floats)) * sizeof(float);
+    const std::int64_t each = operand_.scratch() + floats;
+    return static_cast<std::size_t>(ctx_.num_threads() * each) * sizeof(float);
   }
 
   std::int64_t stored_depth() const {
@@ -115,12 +162,11 @@ class Multiplication {
   }
 
   const CpuContext& ctx_;
-  const TensorView x_;
   const Weight& weight_;
-  const Product<X, W> product_;
-  const X* x_operand_;
-  const std::int64_t kernel_floats_;  // of each thread's memory, for the kernel; then the caller's
-  std::int64_t thread_floats_ = 0;
+  void (*const kernel_)(const MatmulShare<X, W>&);
+  const Operand operand_;
+  const X* x_ = nullptr;
+  std::int64_t thread_floats_ = 0;  // of each thread's memory: the kernel's, then the caller's
   float* memory_ = nullptr;
 };
 
@@ -129,17 +175,45 @@ template <typename F>
 void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, F&& f) {
   const Kernels& kernels = ctx.kernels();
   const bool panels = weight.layout == WeightLayout::kPanels;
-  if (x.dtype == DType::kBFloat16 && weight.dtype == DType::kBFloat16) {
-    const Product<BFloat16, BFloat16> rows_product = {kernels.matmul_bf16_bf16, kernels.pack_x};
-    const Product<BFloat16, BFloat16> panels_product = {kernels.matmul_panels_bf16_bf16,
-                                                        kernels.pack_x_for_panels};
-    f(Multiplication(ctx, x, weight, panels ? panels_product : rows_product));
-  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kBFloat16) {
-    f(Multiplication<float, BFloat16>(
-        ctx, x, weight, {panels ? kernels.matmul_panels_f32_bf16 : kernels.matmul_f32_bf16}));
-  } else if (x.dtype == DType::kFloat32 && weight.dtype == DType::kFloat32) {
-    f(Multiplication<float, float>(
-        ctx, x, weight, {panels ? kernels.matmul_panels_f32_f32 : kernels.matmul_f32_f32}));
+  const bool in_lanes = x.rows >= kManyRows && kernels.matmul_lanes_f32_bf16 != nullptr;
+  const auto call = [&](auto kernel, auto operand) {
+    f(Multiplication(ctx, weight, kernel, operand));
+  };
+  const auto is = [&](DType x_dtype, DType weight_dtype) {
+    return x.dtype == x_dtype && weight.dtype == weight_dtype;
+  };
+  if (is(DType::kBFloat16, DType::kBFloat16) && kernels.matmul_bf16_bf16 != nullptr) {
+    const auto kernel = panels ? kernels.matmul_panels_bf16_bf16 : kernels.matmul_bf16_bf16;
+    const auto pack = panels ? kernels.pack_x_for_panels : kernels.pack_x;
+    if (pack != nullptr) {
+      call(kernel, InTiles{x, pack});
+    } else {
+      call(kernel, AsItLies<BFloat16>{x});
+    }
+  } else if (is(DType::kBFloat16, DType::kBFloat16)) {
+    if (panels) {
+      call(kernels.matmul_panels_f32_bf16, Converted<BFloat16>{x, kernels.to_float});
+    } else if (in_lanes) {
+      call(kernels.matmul_lanes_f32_bf16, InLanes<BFloat16, BFloat16>{{x, kernels.lane_bf16}});
+    } else {
+      call(kernels.matmul_f32_bf16, Converted<BFloat16>{x, kernels.pair_bf16});
+    }
+  } else if (is(DType::kFloat32, DType::kBFloat16)) {
+    if (panels) {
+      call(kernels.matmul_panels_f32_bf16, AsItLies<float>{x});
+    } else if (in_lanes) {
+      call(kernels.matmul_lanes_f32_bf16, InLanes<float, BFloat16>{{x, kernels.lane_f32}});
+    } else {
+      call(kernels.matmul_f32_bf16, Converted<float>{x, kernels.pair_f32});
+    }
+  } else if (is(DType::kFloat32, DType::kFloat32)) {
+    if (panels) {
+      call(kernels.matmul_panels_f32_f32, AsItLies<float>{x});
+    } else if (in_lanes) {
+      call(kernels.matmul_lanes_f32_f32, InLanes<float, float>{{x, kernels.lane_f32_for_f32}});
+    } else {
+      call(kernels.matmul_f32_f32, AsItLies<float>{x});
+    }
   } else {
     throw Error("matmul: " + std::string(name_of(x.dtype)) + " x " +
                 std::string(name_of(weight.dtype)) +

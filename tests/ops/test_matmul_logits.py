@@ -13,8 +13,9 @@ from tinyvllm import _core
 ops = _core.ops
 BLOCK = 256
 
-# (rows, vocab, hidden): one block, a part of one, several shares, and more rows than are few.
-SHAPES = [(1, 256, 64), (3, 31, 33), (2, 300, 96), (5, 5003, 64), (70, 2049, 40)]
+# (rows, vocab, hidden): one block, a part of one, several shares, more rows than are few, and more
+# weights in a block than a share has memory for.
+SHAPES = [(1, 256, 64), (3, 31, 33), (2, 300, 96), (5, 5003, 64), (70, 2049, 40), (70, 600, 4100)]
 
 
 def operands(rng: np.random.Generator, rows: int, vocab: int, hidden: int) -> tuple[Any, Any]:

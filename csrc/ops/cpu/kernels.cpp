@@ -8,6 +8,7 @@
 #include "ops/cpu/matmul_amx_kernel.h"
 #endif
 #include "ops/cpu/matmul_kernel.h"
+#include "ops/cpu/matmul_lanes_kernel.h"
 #include "ops/cpu/matmul_panels_kernel.h"
 #include "ops/cpu/row_kernels.h"
 
@@ -20,10 +21,21 @@ namespace tinyvllm::TINYVLLM_ISA {
 #if defined(__AMX_BF16__)
 constexpr auto kMatmul = &matmul_tiles<false>, kMatmulPanels = &matmul_tiles<true>;
 constexpr auto kPackX = &pack_rows<false>, kPackXForPanels = &pack_rows<true>;
-#else
+#elif defined(__AVX512BF16__)
 constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
 constexpr auto kMatmulPanels = &matmul_panels<BFloat16, BFloat16>;
 constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+#else
+constexpr auto kMatmul = nullptr, kMatmulPanels = nullptr;
+constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+#endif
+
+#if defined(__AVX2__)
+template <typename W>
+constexpr auto kMatmulLanes = &matmul_lanes<W>;
+#else  // with 16 registers of 128 bits the tiles of panels are slower than those of rows
+template <typename W>
+constexpr auto kMatmulLanes = nullptr;
 #endif
 
 extern const Kernels kKernels;
@@ -32,11 +44,18 @@ const Kernels kKernels = {
     .matmul_bf16_bf16 = kMatmul,
     .matmul_f32_bf16 = &matmul<float, BFloat16>,
     .matmul_f32_f32 = &matmul<float, float>,
+    .matmul_lanes_f32_bf16 = kMatmulLanes<BFloat16>,
+    .matmul_lanes_f32_f32 = kMatmulLanes<float>,
     .matmul_panels_bf16_bf16 = kMatmulPanels,
     .matmul_panels_f32_bf16 = &matmul_panels<float, BFloat16>,
     .matmul_panels_f32_f32 = &matmul_panels<float, float>,
     .pack_x = kPackX,
     .pack_x_for_panels = kPackXForPanels,
+    .pair_f32 = &pair_row<float>,
+    .pair_bf16 = &pair_row<BFloat16>,
+    .lane_f32 = &lane_row<float, BFloat16>,
+    .lane_bf16 = &lane_row<BFloat16, BFloat16>,
+    .lane_f32_for_f32 = &lane_row<float, float>,
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,
     .attention_merge = &attention_merge,

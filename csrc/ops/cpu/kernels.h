@@ -5,6 +5,7 @@
 // share is here. All pointers need only be aligned to their element.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "base/bfloat16.h"
@@ -22,6 +23,15 @@ namespace tinyvllm {
 //
 // Bfloat16 on AMX has an order of its own, the same for both: 32 elements of k at a time, as amx.h
 // says.
+//
+// A float32 x is put in another order for weights in rows, once for all shares of a product, and filled
+// up with zeros to whole_steps(depth):
+//
+//   pair order, for weights of bfloat16: of as many pairs of elements as a vector of the set has
+//   lanes, the second ones and then the first ones. One operation then widens a vector of weights,
+//   which has them in the high and in the low halves of its lanes.
+//
+//   lane order, for many rows: as matmul_lanes_kernel.h says.
 template <typename X, typename W>
 struct MatmulShare {
   const X* x;  // [num_rows, depth], rows x_stride elements apart; or packed, without a stride
@@ -32,8 +42,20 @@ struct MatmulShare {
   std::int64_t out_stride;
   bool accumulate;
   std::int64_t num_rows, num_outputs, depth;
-  float* scratch;  // [kMatmulScratch], aligned to 64 bytes; null where x is not packed
+  float* scratch;  // of kMatmulScratch or lane_scratch(...), aligned to 64 bytes; or null
 };
+
+// Whole steps of k for every set and pair of dtypes.
+constexpr std::int64_t whole_steps(std::int64_t depth) { return (depth + 31) / 32 * 32; }
+
+// From so many rows on x is in lane order, and a share works in lane_scratch(...) floats: as many
+// weights as a strip has, but 32 outputs at least.
+inline constexpr std::int64_t kManyRows = 24;
+constexpr std::int64_t lane_scratch(std::int64_t depth, std::size_t weight_bytes) {
+  const std::int64_t bytes = whole_steps(depth) * static_cast<std::int64_t>(weight_bytes);
+  const std::int64_t outputs = 32 * (bytes / 4 + 8), least = 256 * 1024;
+  return outputs > least ? outputs : least;
+}
 
 // AMX wants x packed (matmul_amx_operands.h), which is done once for all shares of a product, a piece at
 // a time: 16 rows or what is left of them, in one block of the depth. Its blocks are of up to
@@ -141,17 +163,28 @@ constexpr std::int64_t attention_scratch_size(std::int64_t rows, std::int64_t he
 struct Kernels {
   const char* isa;
 
+  // Weights in rows. Null where the set has no instruction for pairs of bfloat16: x is then widened.
   void (*matmul_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
   void (*matmul_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_f32_f32)(const MatmulShare<float, float>&);
-  // The same of weights in panels.
-  void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
+  // The same with many rows of x, in lane order; null where that is no faster.
+  void (*matmul_lanes_f32_bf16)(const MatmulShare<float, BFloat16>&);
+  void (*matmul_lanes_f32_f32)(const MatmulShare<float, float>&);
+  // Weights in panels.
+  void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);  // null as above
   void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
 
   // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16; null where they take rows.
   void (*pack_x)(const PackShare&);
   void (*pack_x_for_panels)(const PackShare&);
+  // What puts a row of x [size] in another order, out [whole_steps(size)]: in pair order; in lane order
+  // for weights of bfloat16, and of float32.
+  void (*pair_f32)(const float* x, std::int64_t size, float* out);
+  void (*pair_bf16)(const BFloat16* x, std::int64_t size, float* out);
+  void (*lane_f32)(const float* x, std::int64_t size, float* out);
+  void (*lane_bf16)(const BFloat16* x, std::int64_t size, float* out);
+  void (*lane_f32_for_f32)(const float* x, std::int64_t size, float* out);
 
   void (*attention_bf16)(const AttentionShare<BFloat16>&);
   void (*attention_f32)(const AttentionShare<float>&);
@@ -180,7 +213,7 @@ struct Kernels {
 
   // For the machine's limits. Reads `size` values, a multiple of 64, and returns their xor.
   std::uint32_t (*read)(const std::uint32_t* data, std::int64_t size);
-  // `rounds` rounds of the multiply-add that matmul_bf16_bf16 is made of, on registers loaded from
+  // `rounds` rounds of the multiply-add that products of bfloat16 are made of, on registers loaded from
   // operands [64]. Returns the number of floating-point operations, and puts a sum that depends on
   // them into *result.
   double (*multiply_registers)(std::int64_t rounds, const float* operands, float* result);

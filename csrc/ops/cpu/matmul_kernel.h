@@ -14,10 +14,11 @@
 namespace tinyvllm::TINYVLLM_ISA {
 
 // How a pair of element types is loaded and multiplied. A step consumes kStep elements of k, in
-// kParts vectors.
+// kParts vectors. kWhole: rows of x are filled up to whole steps.
 template <typename X, typename W>
 struct Product {
   static constexpr int kStep = kLanes, kParts = 1;
+  static constexpr bool kWhole = false;
   TINYVLLM_INLINE static Float load_x(const X* p, int) { return load(p); }
   TINYVLLM_INLINE static Float load_w(const W* p, int) { return load(p); }
   TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
@@ -25,11 +26,30 @@ struct Product {
   }
 };
 
+// Pairs, the second elements first: a bfloat16 in the high half of 32 bits is the float32, once the
+// low half is cleared.
+template <>
+struct Product<float, BFloat16> {
+  static constexpr int kStep = 2 * kLanes, kParts = 2;
+  static constexpr bool kWhole = true;
+  TINYVLLM_INLINE static Float load_x(const float* p, int part) { return load(p + part * kLanes); }
+  TINYVLLM_INLINE static Float load_w(const BFloat16* p, int part) {
+    UInt pairs;
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    const UInt half = part == 0 ? pairs & 0xffff0000u : pairs << 16;
+    return reinterpret_cast<Float>(half);
+  }
+  TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
+    return multiply_add(x, w, sum);
+  }
+};
+
 #if defined(__AVX512BF16__)
-// vdpbf16ps: lane i adds x[2i+1] w[2i+1] and then x[2i] w[2i] in float32.
+// vdpbf16ps, in the same order: lane i adds x[2i+1] w[2i+1] and then x[2i] w[2i] in float32.
 template <>
 struct Product<BFloat16, BFloat16> {
   static constexpr int kStep = 2 * kLanes, kParts = 1;
+  static constexpr bool kWhole = false;
   TINYVLLM_INLINE static __m512bh load_x(const BFloat16* p, int) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
   }
@@ -38,24 +58,32 @@ struct Product<BFloat16, BFloat16> {
     return _mm512_dpbf16_ps(sum, x, w);
   }
 };
-#else
-// The same order, one half of the pairs at a time: a bfloat16 in the high half of 32 bits is the
-// float32, once the low half is cleared.
-template <>
-struct Product<BFloat16, BFloat16> {
-  static constexpr int kStep = 2 * kLanes, kParts = 2;
-  TINYVLLM_INLINE static Float load_x(const BFloat16* p, int part) {
-    UInt pairs;
-    __builtin_memcpy(&pairs, p, sizeof(pairs));
-    const UInt half = part == 0 ? pairs & 0xffff0000u : pairs << 16;
-    return reinterpret_cast<Float>(half);
-  }
-  TINYVLLM_INLINE static Float load_w(const BFloat16* p, int part) { return load_x(p, part); }
-  TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
-    return multiply_add(x, w, sum);
-  }
-};
 #endif
+
+// A step of x in pair order.
+TINYVLLM_INLINE void pair_step(const float* x, float* out) {
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = x[2 * i + 1];
+    out[kLanes + i] = x[2 * i];
+  }
+}
+TINYVLLM_INLINE void pair_step(const BFloat16* x, float* out) {
+  for (int part = 0; part < 2; ++part) {
+    store(out + part * kLanes, Product<float, BFloat16>::load_w(x, part));
+  }
+}
+
+template <typename X>
+void pair_row(const X* x, std::int64_t size, float* out) {
+  constexpr int kStep = Product<float, BFloat16>::kStep;
+  std::int64_t k = 0;
+  for (; k + kStep <= size; k += kStep) pair_step(x + k, out + k);
+  for (; k < whole_steps(size); k += kStep) {
+    X padded[kStep] = {};
+    for (std::int64_t i = 0; k + i < size && i < kStep; ++i) padded[i] = x[k + i];
+    pair_step(padded, out + k);
+  }
+}
 
 // The horizontal sums of four vectors, side by side. Of each, lane i takes lane i + 2 in every four,
 // then lane i + 1; what is left of the fours is halved until one is left. In this order, and not in
@@ -132,7 +160,8 @@ TINYVLLM_INLINE void add_step(Float (&sums)[kRows][kOutputs], const X* x, std::i
 template <int kRows, int kOutputs, int kPrefetch, typename X, typename W>
 void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group,
                  const Prefetch& prefetch) {
-  constexpr int kStep = Product<X, W>::kStep;
+  using P = Product<X, W>;
+  constexpr int kStep = P::kStep;
   const X* x = share.x + m * share.x_stride;
   const W* weight = share.weight + group.n * share.depth;
   const std::int64_t weight_stride = group.run * share.depth;
@@ -146,8 +175,11 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group,
   if (k < share.depth) {  // the last, partial step: padded with zeros, which add nothing
     X x_padded[kRows][kStep] = {};
     W weight_padded[kOutputs][kStep] = {};
+    for (int row = 0; row < kRows; ++row) {
+      const std::int64_t count = P::kWhole ? kStep : share.depth - k;
+      for (std::int64_t i = 0; i < count; ++i) x_padded[row][i] = x[row * share.x_stride + k + i];
+    }
     for (std::int64_t i = 0; k + i < share.depth; ++i) {
-      for (int row = 0; row < kRows; ++row) x_padded[row][i] = x[row * share.x_stride + k + i];
       for (int o = 0; o < kOutputs; ++o) weight_padded[o][i] = weight[o * weight_stride + k + i];
     }
     add_step<kRows, kOutputs>(sums, &x_padded[0][0], kStep, &weight_padded[0][0], kStep);

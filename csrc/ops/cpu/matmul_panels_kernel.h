@@ -30,14 +30,10 @@ struct LaneProduct {
 
 // or a pair of bfloat16, the second one first: in the high half of 32 bits it is the float32, once
 // the low half is cleared.
-template <typename X>
-struct LaneProduct<X, BFloat16> {
+template <>
+struct LaneProduct<float, BFloat16> {
   static constexpr int kDepth = 2, kParts = 2;
   TINYVLLM_INLINE static Float load_x(const float* p, int part) { return broadcast(p[1 - part]); }
-  TINYVLLM_INLINE static Float load_x(const BFloat16* p, int part) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(p[1 - part].bits) << 16;
-    return reinterpret_cast<Float>(UInt{} + bits);
-  }
   TINYVLLM_INLINE static Float load_w(const std::byte* lanes, int part) {
     UInt pairs;
     __builtin_memcpy(&pairs, lanes, sizeof(pairs));
