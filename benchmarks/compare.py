@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import command
 import plots
 import results
-import runner
 from peer_process import ROOT
 from results import Json
 from runner import Row
@@ -64,7 +64,7 @@ def show(path: Path) -> None:
 
 if __name__ == "__main__":
     plots.pyplot()  # what is missing for the plot is found out now, not when all is measured
-    runner.main(
+    command.main(
         __doc__ or "",
         ROWS,
         ["llama.cpp", "openvino", "transformers", "ctranslate2"],

@@ -8,8 +8,8 @@ requirements-bench.txt installs the peers.
 
 from __future__ import annotations
 
+import command
 import results
-import runner
 from runner import Row
 
 _REPACKED = {"repacked": {"repack_weights": True}}  # for prefill and many sequences
@@ -98,7 +98,7 @@ ROWS = [
 ]
 
 if __name__ == "__main__":
-    runner.main(
+    command.main(
         __doc__ or "",
         ROWS,
         ["llama.cpp", "openvino", "transformers"],

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import command
 import results
-import runner
 from runner import Row
 
 _LLAMA, _QWEN, _LLAMA_8B = "llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b"
@@ -53,7 +53,7 @@ ROWS = [
 ]
 
 if __name__ == "__main__":
-    runner.main(
+    command.main(
         __doc__ or "",
         ROWS,
         ["llama.cpp", "llama-batched-bench", "transformers"],

@@ -32,6 +32,7 @@ def _module(name: str) -> Any:
 
 
 peer_process: Any = _module("peer_process")
+command: Any = _module("command")
 runner: Any = _module("runner")
 results: Any = _module("results")
 compare: Any = _module("compare")
@@ -147,12 +148,12 @@ def test_a_row_that_fails_does_not_take_the_others_with_it(
     monkeypatch.setattr(sys, "argv", ["x.py", "--models", str(models), "--rounds", "1"])
     rows = [row(name="too-long", prompt_len=100_000), row(name="fits")]
     with pytest.raises(SystemExit) as stopped:
-        runner.main("A benchmark.", rows, [], tmp_path / "out.json")
+        command.main("A benchmark.", rows, [], tmp_path / "out.json")
     assert stopped.value.code == 1
     assert "error: too-long: tinyvllm" in capsys.readouterr().err
     assert [each["row"] for each in results.read_rows(tmp_path / "out.json")] == ["fits"]
     with pytest.raises(SystemExit):
-        runner.main("A benchmark.", rows[:1], [], tmp_path / "none.json")
+        command.main("A benchmark.", rows[:1], [], tmp_path / "none.json")
     assert not list(tmp_path.glob("none.*"))
 
 
@@ -181,7 +182,7 @@ def test_the_command_ends_with_an_error_where_a_peer_is_refused(
     monkeypatch.setitem(peer_process.PEERS, "fake", peer_process.PeerSpec(*FAKE))
     monkeypatch.setattr(sys, "argv", ["x.py", "--models", str(models), "--rounds", "1"])
     with pytest.raises(SystemExit) as stopped:
-        runner.main("A benchmark.", [row()], ["fake"], tmp_path / "out.json")
+        command.main("A benchmark.", [row()], ["fake"], tmp_path / "out.json")
     assert stopped.value.code == 1
     assert "REFUSED" in capsys.readouterr().out
     assert "refused" in (tmp_path / "out.md").read_text()
@@ -193,11 +194,11 @@ def test_a_trial_leaves_the_results_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runner, "TRIALS", tmp_path / "trials")
+    monkeypatch.setattr(command, "TRIALS", tmp_path / "trials")
     arguments = ["--models", str(models), "--rounds", "1", "--peers", "--scaled-by", "2"]
     monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
     finished: list[Path] = []
-    runner.main("A.", [row()], [], tmp_path / "results" / "out.json", finish=finished.append)
+    command.main("A.", [row()], [], tmp_path / "results" / "out.json", finish=finished.append)
     assert finished == [tmp_path / "trials" / "out.json"]
     assert finished[0].with_suffix(".md").exists()
     assert not (tmp_path / "results").exists()
@@ -212,9 +213,9 @@ def test_all_engines_can_be_held_to_an_older_instruction_set(
     arguments = ["--models", str(models), "--rounds", "1", "--peers", "--isa", "portable"]
     monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
     with pytest.raises(SystemExit):  # its rows must not take the place of the others
-        runner.main("A benchmark.", [row()], [], tmp_path / "out.json")
+        command.main("A benchmark.", [row()], [], tmp_path / "out.json")
     monkeypatch.setattr(sys, "argv", ["x.py", *arguments, "--output", str(tmp_path / "out.json")])
-    runner.main("A benchmark.", [row()], [], tmp_path / "results.json")
+    command.main("A benchmark.", [row()], [], tmp_path / "results.json")
     (result,) = results.read_rows(tmp_path / "out.json")
     assert result["machine"]["isa"] == "portable"
     assert result["command"] == "benchmarks/x.py --rounds 1 --isa portable"
