@@ -223,6 +223,22 @@ def test_all_engines_can_be_held_to_an_older_instruction_set(
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == "SSE41"
 
 
+@pytest.mark.parametrize(
+    ("most", "here", "best"),
+    [
+        ("amx", ["amx", "avx512", "avx512bf16", "avx2", "portable"], "amx"),
+        ("avx512bf16", ["amx", "avx512", "avx512bf16", "avx2", "portable"], "avx512"),
+        ("avx512bf16", ["avx512bf16", "avx512", "avx2", "portable"], "avx512bf16"),
+        ("avx2", ["avx512bf16", "avx512", "avx2", "portable"], "avx2"),
+    ],
+)
+def test_of_older_sets_this_engine_takes_what_it_would_take_there(
+    monkeypatch: pytest.MonkeyPatch, most: str, here: list[str], best: str
+) -> None:
+    monkeypatch.setattr(command, "supported_isas", lambda: here)
+    assert command._best_isa(most) == best
+
+
 def test_nobody_comes_always_behind_the_same_one() -> None:
     orders = {"".join(runner._in_turns(list("abc"), number)) for number in range(6)}
     assert orders == {"abc", "acb", "bac", "bca", "cab", "cba"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -64,16 +65,15 @@ def test_no_matmul_multiplies_faster_than_the_limit_of_its_instruction_set(isa: 
     assert limit > 2 * 96 * 96 * 1024 / best
 
 
-def test_a_better_instruction_set_has_a_higher_limit() -> None:
+def test_a_better_instruction_set_has_a_higher_limit_and_comes_first() -> None:
     rates = {
         isa: max(_core.measure_arithmetic(_core.CpuContext(1, isa), 0.02) for _ in range(3))
         for isa in _core.supported_isas()
     }
+    for better, worse in itertools.pairwise(rates.values()):  # 512 bits may be two times 256
+        assert better > 0.9 * worse
     if "avx2" in rates:
         assert rates["avx2"] > 1.5 * rates["portable"]
-    # Not so of vdpbf16ps: Intel's multiplies half as fast as float32 does, AMD's twice as fast.
-    if "avx512" in rates:
-        assert rates["avx512"] > 0.9 * rates["avx2"]
     if "amx" in rates:
         assert rates["amx"] > 2 * max(rates["avx512bf16"], rates["avx512"])
 

@@ -7,7 +7,7 @@
 
 namespace tinyvllm {
 
-// The names of the kernel sets (csrc/ops/cpu/kernels.h) that this CPU can run, best first.
+// The names of the kernel sets (csrc/ops/cpu/kernels.h) that this CPU can run, the fastest first.
 // "portable" is always the last.
 std::vector<std::string> supported_isas();
 
