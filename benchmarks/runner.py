@@ -8,7 +8,7 @@ A benchmark is a list of rows for the command line of command.py. One row of one
    checkpoint itself, and then every peer once, in another order each time.
 3. In every round it is checked that there are as many tokens as were asked for, and in the first
    one that they are this engine's up to a near tie. A peer that did other work is refused: no ratio
-   is computed, and the run ends with exit code 1.
+   is computed, and the command ends with exit code 1.
 """
 
 from __future__ import annotations

@@ -548,7 +548,8 @@ void bind_engine(py::module_& module) {
   bind_step_output(module);
   bind_engine_class(module);
   bind_parts(module);
-  module.def("supported_isas", &supported_isas, "CPU kernel sets that run here, best first.");
+  module.def("supported_isas", &supported_isas,
+             "CPU kernel sets that run here, the fastest first.");
   module.def("default_num_threads", &default_num_threads);
   module.def("available_memory", &available_memory,
              "Bytes that this process could still allocate.");

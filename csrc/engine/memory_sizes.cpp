@@ -74,10 +74,15 @@ std::int64_t gpu_reserve_bytes(const StepLimits& limits, const ModelConfig& mode
 std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
                             const ModelConfig& model, DType compute) {
   const auto scratch = [&](std::int64_t outputs, std::int64_t depth, bool swiglu) {
-    Weight weight{.depth = depth, .dtype = compute};
-    weight.blocks[0].rows = outputs;
-    if (swiglu) weight.blocks[1].rows = outputs;
-    return matmul_scratch_bytes(ctx, compute, max_tokens, weight, swiglu);
+    std::size_t most = 0;
+    for (const DType dtype :
+         {compute, DType::kBFloat16}) {  // of what a file may have for `compute`
+      Weight weight{.depth = depth, .dtype = dtype};
+      weight.blocks[0].rows = outputs;
+      if (swiglu) weight.blocks[1].rows = outputs;
+      most = std::max(most, matmul_scratch_bytes(ctx, compute, max_tokens, weight, swiglu));
+    }
+    return most;
   };
   const std::int64_t query = model.num_heads * model.head_dim;
   return static_cast<std::int64_t>(

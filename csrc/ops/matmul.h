@@ -58,7 +58,7 @@ void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
 void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 
 // The most scratch memory (CpuContext::scratch) that the products above take on this context with up
-// to so many rows of x; swiglu: matmul_swiglu. Of the weight only its shape counts.
+// to so many rows of x; swiglu: matmul_swiglu. Of the weight all but its data counts.
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
                                  const Weight& weight, bool swiglu);
 

@@ -171,6 +171,18 @@ def test_no_rows_give_no_outputs(device: Any, layout: str) -> None:
 
 
 @pairs
+@pytest.mark.parametrize("order", ["rows", "panels"])
+def test_a_zero_has_the_same_sign_in_every_batch(
+    cpu_device: Any, order: str, x_dtype: str, w_dtype: str
+) -> None:
+    """Products that underflow add up to -0, which is another number than +0 to the bit."""
+    x, w = cast(np.full((50, 64), 1e-30), x_dtype), cast(np.full((33, 64), -1e-30), w_dtype)
+    whole = multiply(cpu_device, order, x, w)
+    for tokens in (1, 3, 5, 9, 26):
+        assert same_bits(multiply(cpu_device, order, x[:tokens], w), whole[:tokens])
+
+
+@pairs
 def test_an_output_gives_the_same_bits_whatever_is_stacked_around_it(
     device: Any, layout: str, rng: np.random.Generator, x_dtype: str, w_dtype: str
 ) -> None:

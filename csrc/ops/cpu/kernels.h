@@ -24,17 +24,17 @@ namespace tinyvllm {
 // Bfloat16 on AMX has an order of its own, the same for both: 32 elements of k at a time, as amx.h
 // says.
 //
-// A float32 x is put in another order for weights in rows, once for all shares of a product, and filled
-// up with zeros to whole_steps(depth):
+// For weights in rows a float32 x may be in another order, made once for all shares of a product, in
+// which zeros fill up the last step:
 //
-//   pair order, for weights of bfloat16: of as many pairs of elements as a vector of the set has
-//   lanes, the second ones and then the first ones. One operation then widens a vector of weights,
-//   which has them in the high and in the low halves of its lanes.
+//   matmul_f32_bf16: pair order. Of as many pairs of elements as a vector of the set has lanes, the
+//   second ones and then the first ones. One operation then widens a vector of weights, which has them
+//   in the high and in the low halves of its lanes.
 //
-//   lane order, for many rows: as matmul_lanes_kernel.h says.
+//   matmul_lanes_*: lane order, as matmul_lanes_kernel.h says.
 template <typename X, typename W>
 struct MatmulShare {
-  const X* x;  // [num_rows, depth], rows x_stride elements apart; or packed, without a stride
+  const X* x;  // [num_rows, depth], rows x_stride elements apart, in the kernel's order; or packed
   std::int64_t x_stride;
   const W* weight;    // [num_outputs, depth], contiguous; or in panels, from the first of one on
   const float* bias;  // [num_outputs], or null
@@ -45,15 +45,15 @@ struct MatmulShare {
   float* scratch;  // of kMatmulScratch or lane_scratch(...), aligned to 64 bytes; or null
 };
 
-// Whole steps of k for every set and pair of dtypes.
+// What a row of x takes in these orders, with whole steps for every set and dtype.
 constexpr std::int64_t whole_steps(std::int64_t depth) { return (depth + 31) / 32 * 32; }
 
-// From so many rows on x is in lane order, and a share works in lane_scratch(...) floats: as many
-// weights as a strip has, but 32 outputs at least.
+// From so many rows on x is in lane order, and a share works in lane_scratch(...) floats: 1 MiB of
+// weights with what lies between their panels, but 32 outputs at least.
 inline constexpr std::int64_t kManyRows = 24;
 constexpr std::int64_t lane_scratch(std::int64_t depth, std::size_t weight_bytes) {
   const std::int64_t bytes = whole_steps(depth) * static_cast<std::int64_t>(weight_bytes);
-  const std::int64_t outputs = 32 * (bytes / 4 + 8), least = 256 * 1024;
+  const std::int64_t outputs = 32 * (bytes / 4 + 8), least = 272 * 1024;
   return outputs > least ? outputs : least;
 }
 
@@ -163,7 +163,7 @@ constexpr std::int64_t attention_scratch_size(std::int64_t rows, std::int64_t he
 struct Kernels {
   const char* isa;
 
-  // Weights in rows. Null where the set has no instruction for pairs of bfloat16: x is then widened.
+  // Weights in rows. Without an instruction for pairs of bfloat16 the first is null, and x is widened.
   void (*matmul_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
   void (*matmul_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_f32_f32)(const MatmulShare<float, float>&);
@@ -178,8 +178,8 @@ struct Kernels {
   // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16; null where they take rows.
   void (*pack_x)(const PackShare&);
   void (*pack_x_for_panels)(const PackShare&);
-  // What puts a row of x [size] in another order, out [whole_steps(size)]: in pair order; in lane order
-  // for weights of bfloat16, and of float32.
+  // What puts a row of x [size] in another order, out of up to whole_steps(size), for the kernels that
+  // the set has: in pair order; in lane order for weights of bfloat16, and of float32.
   void (*pair_f32)(const float* x, std::int64_t size, float* out);
   void (*pair_bf16)(const BFloat16* x, std::int64_t size, float* out);
   void (*lane_f32)(const float* x, std::int64_t size, float* out);

@@ -120,9 +120,9 @@ inline constexpr int kTileRows = 6;  // 31 of 32 registers
 inline constexpr int kTileRows = 3;  // 16 of 16
 #endif
 
-// Where one tile has all rows of x, how many bytes ahead of itself it asks for its weights. Intel's
-// processors read eight streams fastest that are prefetched, a Zen 4 four that are not.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // AMD's, as supported_isas() has it
+// Where one tile has all rows of x, how many bytes ahead of itself it asks for its weights. A Xeon
+// reads eight streams fastest that are prefetched, a Zen 4 four that are not; others nobody has measured.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // a Zen 4 or 5, as supported_isas() has it
 inline constexpr std::int64_t kBytesAhead = 0;
 #else
 inline constexpr std::int64_t kBytesAhead = 512;
@@ -205,7 +205,7 @@ void matmul_tile(const MatmulShare<X, W>& share, std::int64_t m, Group group,
 #pragma GCC unroll 2
     for (int i = 0; i < kFours; ++i, out += 4 * group.run) {
       Float4 totals = horizontal_sums(sum(4 * i), sum(4 * i + 1), sum(4 * i + 2), sum(4 * i + 3));
-      totals += bias[i];
+      if (share.bias) totals += bias[i];  // -0 + 0 is not -0
       if (share.accumulate) {
         Float4 old = {};
 #pragma GCC unroll 4

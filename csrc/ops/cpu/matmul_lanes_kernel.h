@@ -5,8 +5,8 @@
 // each step of k. So the weights are copied, some outputs at a time, into a small panel for each lane,
 // in which these outputs lie side by side, and x has for each lane what it is multiplied with. A tile
 // adds up one lane after the other, and the lanes in the order of horizontal_sums. Copying costs about
-// as much as multiplying with seven rows of x; a tile then reads a quarter of the bytes
-// (docs/performance-cpu.md has the numbers).
+// as much as multiplying with seven rows of x; a tile then reads a quarter of the bytes, or with
+// shorter vectors a third (docs/performance-cpu.md has the numbers).
 #pragma once
 
 #include <cstddef>
@@ -67,7 +67,7 @@ void lane_row(const X* x, std::int64_t size, float* out) {
 // cache lines apart, so that what is written at a time does not all fall into one set of the L1 cache.
 inline constexpr std::int64_t kColumnBytes = kColumnOutputs * kLaneBytes;
 constexpr std::int64_t panel_bytes(std::int64_t steps) {
-  return ((steps * kColumnBytes / kCacheLine) | 1) * kCacheLine;
+  return (((steps * kColumnBytes + kCacheLine - 1) / kCacheLine) | 1) * kCacheLine;
 }
 
 template <typename W>
@@ -100,8 +100,8 @@ void copy_lanes(const W* rows, std::int64_t num_rows, std::int64_t depth, std::b
   }
 }
 
-// Rows m .. m + kRows of x with the panels of the outputs from n on. Meanwhile half of the next
-// outputs' weights, from `prefetch` on, is fetched into the L2 cache, unless it is null.
+// Rows m .. m + kRows of x with the panels of the outputs from n on. kPrefetch: meanwhile half of the
+// next outputs' weights, from `prefetch` on, is fetched into the L2 cache.
 template <int kRows, bool kPrefetch, typename W>
 void lane_tile(const MatmulShare<float, W>& share, std::int64_t m, std::int64_t n,
                const std::byte* panels, const std::byte* prefetch) {
@@ -128,7 +128,9 @@ void lane_tile(const MatmulShare<float, W>& share, std::int64_t m, std::int64_t 
 #pragma GCC unroll 12
       for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kColumnVectors; ++v) sums[row][v] += pending[level][row][v];
+        for (int v = 0; v < kColumnVectors; ++v) {
+          sums[row][v] = pending[level][row][v] + sums[row][v];
+        }
       }
     }
 #pragma GCC unroll 12
@@ -174,7 +176,7 @@ void multiply_lanes(const MatmulShare<float, W>& share, std::int64_t begin, std:
 }
 
 // As many outputs at a time as there is memory for panels, with as many rows of x as a cache holds.
-// The first of these rows find the panels made.
+// The panels are made for the first of these rows.
 template <typename W>
 void matmul_lanes(const MatmulShare<float, W>& share) {
   const std::int64_t row_bytes = share.x_stride * static_cast<std::int64_t>(sizeof(float));
