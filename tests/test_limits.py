@@ -70,7 +70,7 @@ def test_a_better_instruction_set_has_a_higher_limit_and_comes_first() -> None:
         isa: max(_core.measure_arithmetic(_core.CpuContext(1, isa), 0.02) for _ in range(3))
         for isa in _core.supported_isas()
     }
-    # An instruction of 512 bits may take as long as two of 256, and Intel's vdpbf16ps as two of those.
+    # 512 bits may be two times 256, and Intel's vdpbf16ps four multiply-adds of 256.
     for better, worse in itertools.pairwise(rates.values()):
         assert better > 0.8 * worse
     if "avx2" in rates:
