@@ -130,7 +130,7 @@ std::vector<std::string> supported_isas() {
   static const bool amx = avx512bf16 && may_use_amx();
   if (amx) isas.emplace_back("amx");
 #endif
-  // Intel's vdpbf16ps multiplies half as fast as its float32 does, AMD's twice as fast.
+  // vdpbf16ps multiplies half as fast as float32 on the Xeons measured, twice as fast on a Zen 4.
   const bool float32_is_faster = __builtin_cpu_is("intel");
   if (avx512bf16 && !float32_is_faster) isas.emplace_back("avx512bf16");
   if (avx512) isas.emplace_back("avx512");

@@ -75,8 +75,7 @@ std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
                             const ModelConfig& model, DType compute) {
   const auto scratch = [&](std::int64_t outputs, std::int64_t depth, bool swiglu) {
     std::size_t most = 0;
-    for (const DType dtype :
-         {compute, DType::kBFloat16}) {  // of what a file may have for `compute`
+    for (const DType dtype : {compute, DType::kBFloat16}) {  // a file may have either
       Weight weight{.depth = depth, .dtype = dtype};
       weight.blocks[0].rows = outputs;
       if (swiglu) weight.blocks[1].rows = outputs;

@@ -26,18 +26,14 @@ struct Product {
   }
 };
 
-// Pairs, the second elements first: a bfloat16 in the high half of 32 bits is the float32, once the
-// low half is cleared.
+// Pairs, the second elements first.
 template <>
 struct Product<float, BFloat16> {
   static constexpr int kStep = 2 * kLanes, kParts = 2;
   static constexpr bool kWhole = true;
   TINYVLLM_INLINE static Float load_x(const float* p, int part) { return load(p + part * kLanes); }
   TINYVLLM_INLINE static Float load_w(const BFloat16* p, int part) {
-    UInt pairs;
-    __builtin_memcpy(&pairs, p, sizeof(pairs));
-    const UInt half = part == 0 ? pairs & 0xffff0000u : pairs << 16;
-    return reinterpret_cast<Float>(half);
+    return load_of_pairs(p, part);
   }
   TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
     return multiply_add(x, w, sum);
@@ -69,7 +65,7 @@ TINYVLLM_INLINE void pair_step(const float* x, float* out) {
 }
 TINYVLLM_INLINE void pair_step(const BFloat16* x, float* out) {
   for (int part = 0; part < 2; ++part) {
-    store(out + part * kLanes, Product<float, BFloat16>::load_w(x, part));
+    store(out + part * kLanes, load_of_pairs(x, part));
   }
 }
 

@@ -80,8 +80,9 @@ void copy_lanes(const W* rows, std::int64_t num_rows, std::int64_t depth, std::b
       Float tile[kLanes] = {};
       if (step < whole && num_rows >= kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
+        for (int i = 0; i < kLanes; ++i) {
           __builtin_memcpy(&tile[i], from + i * depth, sizeof(Float));
+        }
       } else {
         const std::int64_t rest = depth - step * kStep, count = rest < kStep ? rest : kStep;
         for (std::int64_t i = 0; i < kLanes && i < num_rows; ++i) {
@@ -180,9 +181,7 @@ void multiply_lanes(const MatmulShare<float, W>& share, std::int64_t begin, std:
 template <typename W>
 void matmul_lanes(const MatmulShare<float, W>& share) {
   const std::int64_t row_bytes = share.x_stride * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t fit = kPanelsCacheBytes / row_bytes, least = 2 * kPanelTileRows;
-  const std::int64_t most_rows = fit > least ? fit : least;
-  const std::int64_t blocks = (share.num_rows + most_rows - 1) / most_rows;
+  const std::int64_t blocks = blocks_of_x(share.num_rows, row_bytes);
   const std::int64_t column_bytes = kLanes * panel_bytes(lane_steps<W>(share.depth));
   const std::int64_t columns = lane_scratch(share.depth, sizeof(W)) * 4 / column_bytes;
   const std::int64_t outputs = columns * kColumnOutputs;

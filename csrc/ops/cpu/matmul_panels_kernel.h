@@ -28,17 +28,13 @@ struct LaneProduct {
   }
 };
 
-// or a pair of bfloat16, the second one first: in the high half of 32 bits it is the float32, once
-// the low half is cleared.
+// or a pair of bfloat16, the second one first.
 template <>
 struct LaneProduct<float, BFloat16> {
   static constexpr int kDepth = 2, kParts = 2;
   TINYVLLM_INLINE static Float load_x(const float* p, int part) { return broadcast(p[1 - part]); }
   TINYVLLM_INLINE static Float load_w(const std::byte* lanes, int part) {
-    UInt pairs;
-    __builtin_memcpy(&pairs, lanes, sizeof(pairs));
-    const UInt half = part == 0 ? pairs & 0xffff0000u : pairs << 16;
-    return reinterpret_cast<Float>(half);
+    return load_of_pairs(lanes, part);
   }
   TINYVLLM_INLINE static Float accumulate(Float sum, Float x, Float w) {
     return multiply_add(x, w, sum);
@@ -241,12 +237,17 @@ void multiply_panels(const MatmulShare<X, W>& share) {
   }
 }
 
+// Into how many blocks rows of x are cut, so that the cache holds one, or which has two tiles.
+inline std::int64_t blocks_of_x(std::int64_t num_rows, std::int64_t row_bytes) {
+  const std::int64_t fit = kPanelsCacheBytes / row_bytes, least = 2 * kPanelTileRows;
+  const std::int64_t most_rows = fit > least ? fit : least;
+  return (num_rows + most_rows - 1) / most_rows;
+}
+
 template <typename X, typename W>
 void matmul_panels(const MatmulShare<X, W>& share) {
   const std::int64_t row_bytes = share.depth * static_cast<std::int64_t>(sizeof(X));
-  const std::int64_t fit = kPanelsCacheBytes / row_bytes, least = 2 * kPanelTileRows;
-  const std::int64_t most_rows = fit > least ? fit : least;
-  const std::int64_t blocks = (share.num_rows + most_rows - 1) / most_rows;
+  const std::int64_t blocks = blocks_of_x(share.num_rows, row_bytes);
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t m = share.num_rows * block / blocks;
     MatmulShare<X, W> rows = share;

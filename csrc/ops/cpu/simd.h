@@ -46,6 +46,15 @@ TINYVLLM_INLINE Float load(const BFloat16* p) {
   return reinterpret_cast<Float>(wide);
 }
 
+// Of kLanes pairs of bfloat16 the second ones (half 0) or the first ones (half 1): a bfloat16 in the
+// high half of 32 bits is the float32, once the low half is cleared.
+TINYVLLM_INLINE Float load_of_pairs(const void* p, int half) {
+  UInt pairs;
+  __builtin_memcpy(&pairs, p, sizeof(pairs));
+  const UInt wide = half == 0 ? pairs & 0xffff0000u : pairs << 16;
+  return reinterpret_cast<Float>(wide);
+}
+
 TINYVLLM_INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // to_bfloat16 of base/bfloat16.h for each lane.
