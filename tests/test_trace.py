@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint_files import LLAMA
 from tinyvllm import LLM, _core, dummy
-from tinyvllm.errors import InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError
 
 VOCAB = 64  # of LLAMA
 Event = dict[str, Any]
@@ -364,6 +364,21 @@ def test_a_path_that_cannot_be_written_is_refused_by_name(
         engine_of(model, trace=path)
     reason = "No such file or directory" if name else "Is a directory"
     assert f"The trace file {path} cannot be written: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"kv_cache_memory_bytes": 1}, CapacityError), ({"dtype": "int4"}, InvalidRequestError)],
+)
+def test_an_engine_that_is_not_made_leaves_the_last_trace(
+    model: Path, tmp_path: Path, wrong: dict[str, Any], error: type[Exception]
+) -> None:
+    path = tmp_path / "trace.json"
+    engine_of(model, trace=path).close()
+    before = path.read_bytes()
+    with pytest.raises(error):
+        engine_of(model, **{"trace": path, "num_blocks": None, **wrong})
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is Linux'")

@@ -107,12 +107,12 @@ void check_batch_limits(std::int64_t max_num_seqs, std::int64_t max_num_batched_
 
 Engine::Engine(const std::filesystem::path& model, const EngineConfig& config)
     : config_(checked(config)),
-      trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       checkpoint_(Checkpoint::open(model)),
       eos_token_ids_(within_vocabulary(config.eos_token_ids, checkpoint_.config().vocab_size)),
       runner_(make_runner(checkpoint_, checked_for(checkpoint_.config(), config), eos_token_ids_)),
       kv_shape_(make_kv_cache()),
       max_model_len_(choose_max_model_len()),
+      trace_(config.trace ? std::make_unique<Trace>(*config.trace) : nullptr),
       prefix_cache_(kv_shape_.num_blocks, config.prefix_hash_mask),
       pool_(kv_shape_.num_blocks, prefix_cache_, trace_.get()),
       scheduler_({.max_num_batched_tokens = config.max_num_batched_tokens,

@@ -150,12 +150,12 @@ class Engine {
   std::string memory_table() const;
 
   const EngineConfig config_;
-  const std::unique_ptr<Trace> trace_;  // null: none
   const Checkpoint checkpoint_;
   const std::vector<std::int32_t> eos_token_ids_;
   const std::unique_ptr<Runner> runner_;
   const KvShape kv_shape_;
   const std::int64_t max_model_len_;
+  const std::unique_ptr<Trace> trace_;  // null: none; it replaces a file, so nothing failed before
   PrefixCache prefix_cache_;
   BlockPool pool_;
   Scheduler scheduler_;

@@ -14,7 +14,7 @@
 // Prefill chunks and decode tokens are the same thing here: a token reads K and V back from the
 // pool, in tiles aligned to absolute position and splits cut at fixed positions, so its result
 // depends neither on its batch nor on how its prompt was cut into chunks (docs/promises.md, 2).
-// Slots outside the range are never read. Throws Error where a group has more than kMaxGroup heads.
+// Slots outside the range are never read.
 #pragma once
 
 #include <cstddef>
@@ -39,6 +39,11 @@ struct BatchSequence {
   const std::int32_t* block_table;  // covers first_position + num_tokens positions
 };
 
+// For an engine to ask before it loads weights: throws UnsupportedModelError where more than
+// kMaxGroup (cpu/kernels.h) query heads share a KV head.
+void check_attention(const CpuContext& ctx, std::int64_t num_heads, std::int64_t num_kv_heads);
+
+// Throws where check_attention() does.
 void paged_attention(const CpuContext& ctx, TensorView q, const KvLayer& kv,
                      std::span<const BatchSequence> sequences, std::int64_t num_heads,
                      std::int64_t window, float scale, MutTensorView out);

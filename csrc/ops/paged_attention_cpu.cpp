@@ -233,14 +233,17 @@ class PagedAttention {
 
 }  // namespace
 
+void check_attention(const CpuContext& /*ctx*/, std::int64_t num_heads, std::int64_t num_kv_heads) {
+  if (num_heads / num_kv_heads <= kMaxGroup) return;
+  throw UnsupportedModelError("Attention has " + std::to_string(num_heads) + " query heads over " +
+                              std::to_string(num_kv_heads) + " KV heads; on a CPU at most " +
+                              std::to_string(kMaxGroup) + " may share one. Try the device cuda.");
+}
+
 void paged_attention(const CpuContext& ctx, TensorView q, const KvLayer& kv,
                      std::span<const BatchSequence> sequences, std::int64_t num_heads,
                      std::int64_t window, float scale, MutTensorView out) {
-  if (num_heads / kv.shape.num_kv_heads > kMaxGroup) {
-    throw Error("paged_attention: " + std::to_string(num_heads) + " query heads over " +
-                std::to_string(kv.shape.num_kv_heads) + " KV heads; at most " +
-                std::to_string(kMaxGroup) + " may share one.");
-  }
+  check_attention(ctx, num_heads, kv.shape.num_kv_heads);
   const Kernels& kernels = ctx.kernels();
   if (kv.shape.dtype == DType::kBFloat16) {
     PagedAttention<BFloat16>(ctx, q, kv, num_heads, window, scale, out, kernels.attention_bf16)
