@@ -4,6 +4,7 @@ what it refuses, and what happens when a file or the process goes away under it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from tinyvllm.errors import (
     CheckpointError,
     InvalidRequestError,
     TinyvllmError,
+    UnsupportedModelError,
 )
 
 VOCAB, OWN_LENGTH, NUM_LAYERS, KV_HEADS, HEAD_DIM = 64, 128, 3, 2, 4  # of LLAMA
@@ -134,6 +136,40 @@ def greedy(model: Path) -> list[int]:
     tokens = greedy_tokens(model, PROMPT, 30)
     assert len(set(tokens)) > 8  # a model that repeats itself would let much go unseen
     return tokens
+
+
+def test_the_largest_logit_is_taken_whoever_asks_for_more_beside_it(
+    isa: str, model: Path, greedy: list[int]
+) -> None:
+    """Alone, rows of logits are compared as they are made; beside others they are written."""
+    for other in ({"logprobs": 2}, {"temperature": 1.0, "seed": 5}, {"min_tokens": 3}):
+        engine = engine_of(model)
+        engine.add_request(0, PROMPT, params(max_tokens=30))
+        engine.add_request(1, PROMPT[:7], params(max_tokens=12, **other))
+        assert drain(engine)[0].tokens == greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}])
+def test_logits_that_are_not_finite_end_their_own_request_only(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = {**LLAMA, "tie_word_embeddings": False}
+    path = dummy.write_checkpoint(tmp_path, config, seed=3, dtype="float32", tokenizer=False)
+    want = generate(engine_of(path), PROMPT, max_tokens=8, **options).tokens
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    begin = 8 + int.from_bytes(weights[:8], "little")
+    begin += json.loads(weights[8:begin])["model.embed_tokens.weight"]["data_offsets"][0]
+    row = np.frombuffer(weights, np.float32, 24, begin + (VOCAB - 1) * 24 * 4)
+    row[3] = np.nan
+    (path / "model.safetensors").write_bytes(weights)
+
+    engine = engine_of(path)
+    engine.add_request(0, PROMPT, params(max_tokens=8, **options))
+    engine.add_request(1, [1, 2, VOCAB - 1], params(max_tokens=8, **options))
+    results = drain(engine)
+    assert results[0].tokens == want
+    assert (results[1].tokens, results[1].finish) == ([], "error")
+    assert "Request 1: a logit at position 2 is not a finite number" in str(results[1].error)
 
 
 def first_new(tokens: list[int], after: int) -> int:
@@ -619,6 +655,13 @@ def test_a_pool_beyond_the_address_space_is_refused(model: Path) -> None:
     # 2^31 - 1 blocks of 4,096 tokens: 1.6e15 bytes, more than a process can address.
     with pytest.raises(CapacityError, match=r"Cannot reserve \d+ bytes for a KV cache"):
         engine_of(model, num_blocks=2**31 - 1, block_size=4096)
+
+
+def test_a_group_of_heads_that_no_step_could_run_is_refused_at_once(tmp_path: Path) -> None:
+    config = {**LLAMA, "num_attention_heads": 257, "num_key_value_heads": 1, "head_dim": 2}
+    path = dummy.write_checkpoint(tmp_path, config, dtype="float32", tokenizer=False)
+    with pytest.raises(UnsupportedModelError, match=r"257 query heads over 1 KV heads; .* 256"):
+        engine_of(path, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,21 @@ py::tuple bind_matmul_logits(const CpuContext& ctx, const py::array& x, const py
   return py::make_tuple(out, maxima);
 }
 
+// The largest result of each row, and the output that has it.
+py::tuple bind_matmul_largest(const CpuContext& ctx, const py::array& x, const py::array& block,
+                              const std::string& layout) {
+  const Repacked repacked = in_layout(&ctx, weight_of({block}, {}), layout);
+  std::vector<Largest> largest(static_cast<std::size_t>(view(x).rows));
+  matmul_largest(ctx, view(x), repacked.weight, largest);
+  py::array_t<float> values(std::ssize(largest));
+  py::array_t<std::int32_t> outputs(std::ssize(largest));
+  for (std::size_t i = 0; i < largest.size(); ++i) {
+    values.mutable_data()[i] = largest[i].value;
+    outputs.mutable_data()[i] = largest[i].output;
+  }
+  return py::make_tuple(values, outputs);
+}
+
 // Seconds of each of `rounds` rounds, a product each, after one that warms up. The weights are
 // `copies` different matrices used in turn, as in a model, so that no cache holds them all.
 std::vector<double> time_matmul(const CpuContext& ctx, std::int64_t rows, std::int64_t outputs,
@@ -571,6 +586,8 @@ void bind_ops(py::module_& module) {
           py::arg("biases") = std::vector<std::optional<Floats>>(),
           py::arg("out_dtype") = "float32", py::arg("layout") = "rows");
   ops.def("matmul_logits", &bind_matmul_logits, py::arg("ctx"), py::arg("x"), py::arg("block"),
+          py::arg("layout") = "rows");
+  ops.def("matmul_largest", &bind_matmul_largest, py::arg("ctx"), py::arg("x"), py::arg("block"),
           py::arg("layout") = "rows");
   ops.def("repack", &bind_repack, py::arg("ctx"), py::arg("block"));
   ops.def("matmul_add", &bind_matmul_add, py::arg("ctx"), py::arg("x"), py::arg("blocks"),

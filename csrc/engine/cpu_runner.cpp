@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "base/host.h"
-#include "engine/memory_sizes.h"
 #include "model/repacked_weights.h"
+#include "ops/paged_attention.h"
 
 namespace tinyvllm {
 
@@ -13,6 +13,8 @@ namespace {
 
 Weights weights_for(const CpuContext& ctx, const Checkpoint& checkpoint, DType compute,
                     bool repack) {
+  const ModelConfig& config = checkpoint.config();
+  check_attention(ctx, config.num_heads, config.num_kv_heads);
   Weights weights = load_weights(ctx, checkpoint, compute);
   if (repack) return repack_weights(ctx, checkpoint, std::move(weights));
   populate_weights(ctx, checkpoint, weights);
@@ -22,12 +24,11 @@ Weights weights_for(const CpuContext& ctx, const Checkpoint& checkpoint, DType c
 }  // namespace
 
 CpuRunner::CpuRunner(const Checkpoint& checkpoint, DType compute, bool repack, int num_threads,
-                     std::int64_t max_tokens, std::int64_t max_draws,
-                     std::vector<std::int32_t> eos_token_ids)
-    : max_tokens_(max_tokens),
+                     const BatchLimits& batch, std::vector<std::int32_t> eos_token_ids)
+    : batch_(batch),
       ctx_(num_threads),
-      model_(ctx_, checkpoint.config(), weights_for(ctx_, checkpoint, compute, repack), max_tokens,
-             std::max(max_draws, kPromptLogprobRows)),
+      model_(ctx_, checkpoint.config(), weights_for(ctx_, checkpoint, compute, repack),
+             batch.max_tokens, batch.max_logit_rows),
       sampler_(std::move(eos_token_ids)),
       sampler_workspaces_(static_cast<std::size_t>(ctx_.num_threads())) {}
 
@@ -41,8 +42,8 @@ RunnerInfo CpuRunner::info() const {
 
 MemoryUse CpuRunner::memory_use() const {
   const DType compute = model_.weights().compute;
-  return {.workspace = model_.activation_bytes() +
-                       cpu_step_bytes(ctx_, max_tokens_, model_.config(), compute),
+  return {.workspace =
+              model_.activation_bytes() + cpu_step_bytes(ctx_, batch_, model_.config(), compute),
           .free = available_memory()};
 }
 
@@ -62,9 +63,9 @@ void CpuRunner::launch(const StepPlan& plan) {
   }
 }
 
-// The logits of the rows that are drawn from. Forks draw from the row of the sequence that stands for
-// them: only their sample numbers differ.
-MutTensorView CpuRunner::forward(const StepPlan& plan) {
+// The hidden states of the rows that are drawn from. Forks draw from the row of the sequence that
+// stands for them: only their sample numbers differ.
+TensorView CpuRunner::forward(const StepPlan& plan) {
   tokens_.clear();
   positions_.clear();
   slots_.clear();
@@ -89,35 +90,49 @@ MutTensorView CpuRunner::forward(const StepPlan& plan) {
   const Batch<std::span<const BatchSequence>> batch{tokens_, positions_, slots_, sequences_};
   if (plan.only_draws()) return model_.forward(batch, *kv_cache_, rows_);
   model_.forward(batch, *kv_cache_);
-  return rows_.empty() ? MutTensorView{} : model_.logits(rows_);
+  return model_.hidden_states(rows_);
 }
 
 // A row that cannot be sampled is an error of its own draws and of no others.
-void CpuRunner::draw(const std::vector<Draw>& draws, TensorView logits) {
+void CpuRunner::draw(const std::vector<Draw>& draws, TensorView hidden) {
   result_.samples.resize(draws.size());
   result_.errors.assign(draws.size(), nullptr);
   if (draws.empty()) return;
+  const auto draw_each = [&](auto&& sample) {
+    ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int worker) {
+      const auto index = static_cast<std::size_t>(i);
+      const Draw& draw = draws[index];
+      const auto row = std::lower_bound(rows_.begin(), rows_.end(), draw.row) - rows_.begin();
+      try {
+        result_.samples[index] = sample(draw, row, static_cast<std::size_t>(worker));
+      } catch (...) {
+        result_.errors[index] = std::current_exception();
+      }
+    });
+  };
+  if (std::ranges::all_of(draws, Sampler::takes_largest,
+                          [](const Draw& draw) -> const Sequence& { return *draw.sequence; })) {
+    largest_.resize(rows_.size());
+    model_.largest_logits(hidden, largest_);
+    draw_each([&](const Draw& draw, std::ptrdiff_t row, std::size_t) {
+      return Sampler::largest(*draw.sequence, largest_[static_cast<std::size_t>(row)]);
+    });
+    return;
+  }
+  const TensorView logits = model_.logits(hidden);
   const TensorView maxima = model_.logit_maxima(logits.rows);
-  ctx_.parallel_for(std::ssize(draws), [&](std::int64_t i, int worker) {
-    const auto index = static_cast<std::size_t>(i);
-    const Draw& draw = draws[index];
-    const auto row = std::lower_bound(rows_.begin(), rows_.end(), draw.row) - rows_.begin();
-    try {
-      result_.samples[index] =
-          sampler_.sample(*draw.sequence, draw.sample,
-                          {{logits.row<float>(row), static_cast<std::size_t>(logits.cols)},
-                           {maxima.row<float>(row), static_cast<std::size_t>(maxima.cols)}},
-                          sampler_workspaces_[static_cast<std::size_t>(worker)]);
-    } catch (...) {
-      result_.errors[index] = std::current_exception();
-    }
+  draw_each([&](const Draw& draw, std::ptrdiff_t row, std::size_t worker) {
+    return sampler_.sample(*draw.sequence, draw.sample,
+                           {{logits.row<float>(row), static_cast<std::size_t>(logits.cols)},
+                            {maxima.row<float>(row), static_cast<std::size_t>(maxima.cols)}},
+                           sampler_workspaces_[worker]);
   });
 }
 
 void CpuRunner::find_prompt_logprobs(std::span<const PromptRow> rows) {
   rows_.clear();
   for (const PromptRow& row : rows) rows_.push_back(row.row);
-  const MutTensorView logits = model_.logits(rows_);
+  const MutTensorView logits = model_.logits(model_.hidden_states(rows_));
   const std::size_t first = result_.prompt_logprobs.size();
   result_.prompt_logprobs.resize(first + rows.size());
   ctx_.parallel_for(std::ssize(rows), [&](std::int64_t i, int) {
@@ -131,7 +146,7 @@ void CpuRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {
   for (std::size_t first = 0; first < rows.size(); first += kPromptLogprobRows) {
     const auto piece =
         rows.subspan(first, std::min<std::size_t>(rows.size() - first, kPromptLogprobRows));
-    const MutTensorView logits = model_.logits(piece);
+    const MutTensorView logits = model_.logits(model_.hidden_states(piece));
     out = std::copy_n(logits.row<float>(0), logits.rows * logits.cols, out);
   }
 }

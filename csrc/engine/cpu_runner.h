@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
+#include "engine/memory_sizes.h"
 #include "engine/runner.h"
 #include "model/transformer.h"
 #include "ops/cpu_context.h"
@@ -17,8 +18,7 @@ class CpuRunner : public Runner {
   // The checkpoint must outlive the runner: its mappings are the weights, but for those that are
   // copied or repacked.
   CpuRunner(const Checkpoint& checkpoint, DType compute, bool repack, int num_threads,
-            std::int64_t max_tokens, std::int64_t max_draws,
-            std::vector<std::int32_t> eos_token_ids);
+            const BatchLimits& batch, std::vector<std::int32_t> eos_token_ids);
 
   RunnerInfo info() const override;
   MemoryUse memory_use() const override;
@@ -31,11 +31,11 @@ class CpuRunner : public Runner {
   void abandon() override {}
 
  private:
-  MutTensorView forward(const StepPlan& plan);
-  void draw(const std::vector<Draw>& draws, TensorView logits);
+  TensorView forward(const StepPlan& plan);
+  void draw(const std::vector<Draw>& draws, TensorView hidden);
   void find_prompt_logprobs(std::span<const PromptRow> rows);
 
-  const std::int64_t max_tokens_;  // of a step
+  const BatchLimits batch_;
   const CpuContext ctx_;
   Transformer<CpuContext> model_;
   const Sampler sampler_;
@@ -48,6 +48,7 @@ class CpuRunner : public Runner {
   std::vector<std::int32_t> tokens_, positions_, rows_;
   std::vector<std::int64_t> slots_;
   std::vector<BatchSequence> sequences_;
+  std::vector<Largest> largest_;
 };
 
 }  // namespace tinyvllm

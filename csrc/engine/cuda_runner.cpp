@@ -113,10 +113,10 @@ void CudaRunner::compute(const DeviceStep& step) {
   feed_tokens(ctx_, device_tokens(), step.sources,
               static_cast<std::int32_t>(step.batch.tokens.size()), step.tokens);
   if (step.only_draws) {
-    logits_ = model_.forward(step.batch, *kv_cache_, step.logit_rows);
+    logits_ = model_.logits(model_.forward(step.batch, *kv_cache_, step.logit_rows));
   } else {
     model_.forward(step.batch, *kv_cache_);
-    logits_ = step.logit_rows.empty() ? MutTensorView{} : model_.logits(step.logit_rows);
+    logits_ = model_.logits(model_.hidden_states(step.logit_rows));
   }
 }
 
@@ -231,7 +231,7 @@ void CudaRunner::find_prompt_logprobs(const StepPlan& plan, InFlight& step) {
   for (std::int64_t first = 0; first < count; first += kPromptLogprobRows) {
     const std::int64_t piece = std::min(kPromptLogprobRows, count - first);
     const MutTensorView logits =
-        model_.logits({rows.device + first, static_cast<std::size_t>(piece)});
+        model_.logits(model_.hidden_states({rows.device + first, static_cast<std::size_t>(piece)}));
     logprobs(ctx_, logits, tokens.device + first, kMaxLogprobs, prompt_logprobs_.on_device(first));
   }
   prompt_logprobs_.fetch(ctx_, num_launched_);
@@ -284,7 +284,7 @@ void CudaRunner::copy_logits(std::span<const std::int32_t> rows, float* out) {
     }
     prompt_inputs_.send();
     const MutTensorView logits =
-        model_.logits({device_rows.device, static_cast<std::size_t>(count)});
+        model_.logits(model_.hidden_states({device_rows.device, static_cast<std::size_t>(count)}));
     const std::int64_t size = logits.rows * logits.cols;
     cuda::copy_to_host(ctx_, out, logits.data, static_cast<std::size_t>(size) * sizeof(float));
     ctx_.synchronize();

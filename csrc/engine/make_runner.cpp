@@ -54,8 +54,7 @@ bool use_cuda(Device device) {
 }
 
 std::unique_ptr<Runner> runner_on([[maybe_unused]] bool on_gpu, const Checkpoint& checkpoint,
-                                  const EngineConfig& config,
-                                  [[maybe_unused]] const StepLimits& step, DType compute,
+                                  const EngineConfig& config, const StepLimits& step, DType compute,
                                   std::vector<std::int32_t> eos_token_ids) {
 #if defined(TINYVLLM_HAS_CUDA)
   if (on_gpu) {
@@ -69,8 +68,7 @@ std::unique_ptr<Runner> runner_on([[maybe_unused]] bool on_gpu, const Checkpoint
   }
 #endif
   return std::make_unique<CpuRunner>(checkpoint, compute, config.repack_weights, config.num_threads,
-                                     config.max_num_batched_tokens, config.max_num_seqs,
-                                     std::move(eos_token_ids));
+                                     batch_limits(step, false), std::move(eos_token_ids));
 }
 
 }  // namespace

@@ -71,23 +71,27 @@ std::int64_t gpu_reserve_bytes(const StepLimits& limits, const ModelConfig& mode
   return kDriverReserveBytes + nodes * kGraphNodeBytes;
 }
 
-std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
+std::int64_t cpu_step_bytes(const CpuContext& ctx, const BatchLimits& batch,
                             const ModelConfig& model, DType compute) {
-  const auto scratch = [&](std::int64_t outputs, std::int64_t depth, bool swiglu) {
+  const auto scratch = [&](std::int64_t outputs, std::int64_t depth, std::int64_t rows,
+                           ProductKind kind) {
     std::size_t most = 0;
     for (const DType dtype : {compute, DType::kBFloat16}) {  // a file may have either
       Weight weight{.depth = depth, .dtype = dtype};
       weight.blocks[0].rows = outputs;
-      if (swiglu) weight.blocks[1].rows = outputs;
-      most = std::max(most, matmul_scratch_bytes(ctx, compute, max_tokens, weight, swiglu));
+      if (kind == ProductKind::kSwiglu) weight.blocks[1].rows = outputs;
+      most = std::max(most, matmul_scratch_bytes(ctx, compute, rows, weight, kind));
     }
     return most;
   };
+  using enum ProductKind;
   const std::int64_t query = model.num_heads * model.head_dim;
   return static_cast<std::int64_t>(
-      std::max({scratch(query, model.hidden_size, false), scratch(model.hidden_size, query, false),
-                scratch(model.intermediate_size, model.hidden_size, true),
-                scratch(model.hidden_size, model.intermediate_size, false)}));
+      std::max({scratch(query, model.hidden_size, batch.max_tokens, kStored),
+                scratch(model.hidden_size, query, batch.max_tokens, kStored),
+                scratch(model.intermediate_size, model.hidden_size, batch.max_tokens, kSwiglu),
+                scratch(model.hidden_size, model.intermediate_size, batch.max_tokens, kStored),
+                scratch(model.vocab_size, model.hidden_size, batch.max_logit_rows, kLargest)}));
 }
 
 std::int64_t gpu_step_memory_bytes(const StepLimits& limits, const ModelConfig& model,
@@ -100,7 +104,7 @@ std::int64_t gpu_step_memory_bytes(const StepLimits& limits, const ModelConfig& 
 std::int64_t cpu_step_memory_bytes(const CpuContext& ctx, const StepLimits& limits,
                                    const ModelConfig& model, DType compute) {
   const BatchLimits batch = batch_limits(limits, false);
-  return cpu_step_bytes(ctx, batch.max_tokens, model, compute) +
+  return cpu_step_bytes(ctx, batch, model, compute) +
          planned_activation_bytes(model, false, compute, batch.max_tokens, batch.max_logit_rows);
 }
 

@@ -34,8 +34,8 @@ std::size_t block_table_bytes(const StepLimits& limits);
 std::size_t op_workspace_bytes(const StepLimits& limits, const ModelConfig& model);
 std::int64_t gpu_step_bytes(const StepLimits& limits, const ModelConfig& model);  // all of these
 
-// On the CPU: the scratch memory of a layer's products, of which each thread has its own part.
-std::int64_t cpu_step_bytes(const CpuContext& ctx, std::int64_t max_tokens,
+// On the CPU: the scratch memory of the products, of which each thread has its own part.
+std::int64_t cpu_step_bytes(const CpuContext& ctx, const BatchLimits& batch,
                             const ModelConfig& model, DType compute);
 
 // With the activations: what is taken beside the weights and the KV cache, on a GPU and on the CPU.

@@ -74,6 +74,11 @@ bool masks_end_tokens(const Sequence& sequence) {
          static_cast<std::size_t>(sequence.request->params.min_tokens);
 }
 
+bool changes_logits(const Sequence& sequence) {
+  const SamplingParams& params = sequence.request->params;
+  return !params.logit_bias.empty() || masks_end_tokens(sequence) || params.has_penalties();
+}
+
 void apply_bias_and_mask(const Sequence& sequence, std::span<const std::int32_t> eos_token_ids,
                          std::span<float> logits) {
   for (const auto& [token, bias] : sequence.request->params.logit_bias) {
@@ -409,6 +414,16 @@ TokenLogprobs top_logprobs(std::span<const float> logits, std::int32_t chosen, s
   return result;
 }
 
+bool Sampler::takes_largest(const Sequence& sequence) {
+  const SamplingParams& params = sequence.request->params;
+  return params.greedy() && !params.logprobs && !changes_logits(sequence);
+}
+
+Sample Sampler::largest(const Sequence& sequence, const Largest& logit) {
+  if (std::isnan(logit.value)) throw Error(DrawOrigin(sequence).not_finite());
+  return {.token = logit.output, .logprobs = nullptr};
+}
+
 Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index, const LogitRow& raw,
                        Workspace& workspace) const {
   const SamplingParams& params = sequence.request->params;
@@ -419,7 +434,7 @@ Sample Sampler::sample(const Sequence& sequence, std::int32_t sample_index, cons
   // Other samples of the request may draw from the same row, and logprobs are those of the raw
   // logits: what changes them works on a copy.
   std::span<const float> logits = raw.logits;
-  if (!params.logit_bias.empty() || masks_end_tokens(sequence) || params.has_penalties()) {
+  if (changes_logits(sequence)) {
     workspace.edited.assign(logits.begin(), logits.end());
     apply_bias_and_mask(sequence, eos_token_ids_, workspace.edited);
     if (params.has_penalties()) apply_penalties(sequence, workspace.edited);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "ops/matmul.h"
 
 namespace tinyvllm {
 
@@ -41,6 +42,12 @@ class Sampler {
     std::vector<float> edited;  // the row with what a request's options change
     std::vector<float> maxima;  // of its blocks
   };
+
+  // Whether the next token of the sequence is that of its largest logit, and no more is asked of them.
+  static bool takes_largest(const Sequence& sequence);
+
+  // That token. Throws Error where a logit of the row is not finite.
+  static Sample largest(const Sequence& sequence, const Largest& logit);
 
   // The next token of one of the request's samples, which `sequence` is or stands for, from
   // its row of logits. Throws Error where a logit is not finite, and where the masks leave no token.

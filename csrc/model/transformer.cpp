@@ -87,15 +87,15 @@ void Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache&
 
 template <typename Context>
 template <typename Sequences>
-MutTensorView Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv,
-                                            std::span<const std::int32_t> rows) {
+TensorView Transformer<Context>::forward(const Batch<Sequences>& batch, const KvCache& kv,
+                                         std::span<const std::int32_t> rows) {
   check_logit_rows(std::ssize(rows));
   if (rows.size() == batch.tokens.size()) {
     run_layers(batch, kv, nullptr);
-    return logits(rows);
+    return hidden_states(rows);
   }
   run_layers(batch, kv, &rows);
-  return rows.empty() ? logits_view(0) : last_logits(std::ssize(rows));
+  return first_rows(last_residual_.view, std::ssize(rows));
 }
 
 // last_rows: of which tokens alone the last layer is computed to its end, or null: of all. They go
@@ -151,20 +151,28 @@ void Transformer<Context>::run_layers(const Batch<Sequences>& batch, const KvCac
 }
 
 template <typename Context>
-MutTensorView Transformer<Context>::logits(std::span<const std::int32_t> rows) {
+TensorView Transformer<Context>::hidden_states(std::span<const std::int32_t> rows) {
   check_logit_rows(std::ssize(rows));
-  gather_rows(ctx_, rows, residual_.view, first_rows(last_residual_.view, std::ssize(rows)));
-  return last_logits(std::ssize(rows));
+  const MutTensorView hidden = first_rows(last_residual_.view, std::ssize(rows));
+  if (!rows.empty()) gather_rows(ctx_, rows, residual_.view, hidden);
+  return hidden;
 }
 
-// Of what lies in the first rows of last_residual_.
 template <typename Context>
-MutTensorView Transformer<Context>::last_logits(std::int64_t num_rows) {
-  const MutTensorView logits = logits_view(num_rows);
-  norm_logits(ctx_, first_rows(last_residual_.view, num_rows), weights_.final_norm,
-              config_.rms_norm_eps, weights_.lm_head, first_rows(last_normalized_.view, num_rows),
-              logits, logit_maxima(num_rows));
+MutTensorView Transformer<Context>::logits(TensorView hidden) {
+  const MutTensorView logits = logits_view(hidden.rows);
+  if (hidden.rows == 0) return logits;
+  norm_logits(ctx_, hidden, weights_.final_norm, config_.rms_norm_eps, weights_.lm_head,
+              first_rows(last_normalized_.view, hidden.rows), logits, logit_maxima(hidden.rows));
   return logits;
+}
+
+template <typename Context>
+void Transformer<Context>::largest_logits(TensorView hidden, std::span<Largest> largest)
+  requires std::same_as<Context, CpuContext>
+{
+  norm_largest(ctx_, hidden, weights_.final_norm, config_.rms_norm_eps, weights_.lm_head,
+               first_rows(last_normalized_.view, hidden.rows), largest);
 }
 
 template <typename Context>
@@ -178,14 +186,13 @@ void Transformer<Context>::check_logit_rows(std::int64_t num_rows) const {
 template class Transformer<CpuContext>;
 template void Transformer<CpuContext>::forward(const Batch<std::span<const BatchSequence>>&,
                                                const KvCache&);
-template MutTensorView Transformer<CpuContext>::forward(
-    const Batch<std::span<const BatchSequence>>&, const KvCache&, std::span<const std::int32_t>);
+template TensorView Transformer<CpuContext>::forward(const Batch<std::span<const BatchSequence>>&,
+                                                     const KvCache&, std::span<const std::int32_t>);
 #if defined(TINYVLLM_HAS_CUDA)
 template class Transformer<CudaContext>;
 template void Transformer<CudaContext>::forward(const Batch<CudaSequences>&, const KvCache&);
-template MutTensorView Transformer<CudaContext>::forward(const Batch<CudaSequences>&,
-                                                         const KvCache&,
-                                                         std::span<const std::int32_t>);
+template TensorView Transformer<CudaContext>::forward(const Batch<CudaSequences>&, const KvCache&,
+                                                      std::span<const std::int32_t>);
 #endif
 
 }  // namespace tinyvllm

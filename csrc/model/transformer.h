@@ -8,6 +8,7 @@
 // batch points to lies on that device.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <span>
 
@@ -47,16 +48,24 @@ class Transformer {
   template <typename Sequences>
   void forward(const Batch<Sequences>& batch, const KvCache& kv);
 
-  // The logits [rows, vocab], float32, of some tokens of the last batch; valid until the next call.
-  // The output matrix is the largest of all, so that only those are computed that are used.
-  MutTensorView logits(std::span<const std::int32_t> rows);
+  // The residual stream [rows, hidden], float32, of some tokens of the last batch behind all layers;
+  // valid until the next call.
+  TensorView hidden_states(std::span<const std::int32_t> rows);
 
-  // Both at once, where no other tokens' logits are wanted: nothing looks at the others behind the
-  // attention of the last layer, so that the rest of it is computed for these alone, each once.
-  // logits() cannot be asked for more of this batch.
+  // Both at once, where no other tokens' are wanted: nothing looks at the others behind the attention
+  // of the last layer, so that the rest of it is computed for these alone, each once.
+  // hidden_states() cannot be asked for more of this batch.
   template <typename Sequences>
-  MutTensorView forward(const Batch<Sequences>& batch, const KvCache& kv,
-                        std::span<const std::int32_t> rows);
+  TensorView forward(const Batch<Sequences>& batch, const KvCache& kv,
+                     std::span<const std::int32_t> rows);
+
+  // The logits [rows, vocab], float32, of such hidden states; valid until the next call. The output
+  // matrix is the largest of all, so that only those are computed that are used.
+  MutTensorView logits(TensorView hidden);
+
+  // The largest logit of each alone, as matmul_largest has it: [rows of hidden].
+  void largest_logits(TensorView hidden, std::span<Largest> largest)
+    requires std::same_as<Context, CpuContext>;
 
   // What was found on the way, on the CPU (ops/logit_maxima.h): of the rows of the last logits.
   MutTensorView logit_maxima(std::int64_t num_rows) const {
@@ -90,7 +99,6 @@ class Transformer {
   template <typename Sequences>
   void run_layers(const Batch<Sequences>& batch, const KvCache& kv,
                   const std::span<const std::int32_t>* last_rows);
-  MutTensorView last_logits(std::int64_t num_rows);
   void check_logit_rows(std::int64_t num_rows) const;
 
   const Context& ctx_;

@@ -13,6 +13,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 
 #include "base/tensor.h"
 #include "ops/cpu_context.h"
@@ -50,6 +51,20 @@ void matmul(const CudaContext& ctx, TensorView x, const Weight& weight, MutTenso
 void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out,
                    MutTensorView maxima);
 
+// The largest result of a row, and the lowest output that has it; NaN where a result is not finite.
+struct Largest {
+  float value = 0;
+  std::int32_t output = 0;
+};
+
+// Only that of each row: logits of which a greedy sampler asks no more. They are compared while they
+// are in the cache, and none goes to memory.
+//
+//   weight   one row block
+//   largest  [num_rows]
+void matmul_largest(const CpuContext& ctx, TensorView x, const Weight& weight,
+                    std::span<Largest> largest);
+
 // out = silu(gate) * up  with  [gate, up] = x W^T + b, as silu_mul.h has it, of which only parts are
 // ever in memory.
 //
@@ -57,10 +72,15 @@ void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
 //   out     [num_rows, rows of gate]  float32 or bfloat16
 void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 
-// The most scratch memory (CpuContext::scratch) that the products above take on this context with up
-// to so many rows of x; swiglu: matmul_swiglu. Of the weight all but its data counts.
+// The most scratch memory (CpuContext::scratch) that a product takes on this context with up to so
+// many rows of x. Of the weight all but its data counts.
+enum class ProductKind : std::uint8_t {
+  kStored,
+  kSwiglu,
+  kLargest
+};  // what becomes of its results
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
-                                 const Weight& weight, bool swiglu);
+                                 const Weight& weight, ProductKind kind);
 
 // residual[m, n] += (x W^T + b)[m, n]: what a branch of a layer does at its end. float32; the sum of
 // products is complete before it is added.

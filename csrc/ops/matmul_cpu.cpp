@@ -1,4 +1,7 @@
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -253,33 +256,60 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
   });
 }
 
-// A strip of gate and the strip of up beside it are activated while they are in the cache. They are
-// so narrow that they find room there beside x, or, where x has none itself, as wide as can be, so
-// that it is read less often.
+// Strips of which only what becomes of them goes to memory: `parallel` of them, as of gate and up, are
+// looked at while they are in the cache. They are so narrow that they find room there beside x, or,
+// where x has none itself, as wide as can be, so that it is read less often.
 template <typename M>
-Strips swiglu_strips(const M& multiplication, TensorView x, const RowBlock& gate) {
+Strips cached_strips(const M& multiplication, TensorView x, const RowBlock& block,
+                     std::int64_t parallel) {
   constexpr std::int64_t kCachedFloats = 64 * 1024;
   const bool cached = x.rows * x.cols <= kCachedOperand;
-  return multiplication.strips({&gate, 1}, 1,
-                               cached ? kCachedFloats / (2 * x.rows) : kMostPackedOutputs);
+  return multiplication.strips({&block, 1}, 1,
+                               cached ? kCachedFloats / (parallel * x.rows) : kMostPackedOutputs);
 }
 
-// Of a row of both strips, in floats.
-std::int64_t swiglu_stride(const Strips& strips) {
-  return CpuContext::operand_stride(DType::kFloat32, 2 * strips.most_outputs());
+// Of a row of such strips side by side, in floats.
+std::int64_t cached_stride(const Strips& strips, std::int64_t parallel) {
+  return CpuContext::operand_stride(DType::kFloat32, parallel * strips.most_outputs());
+}
+
+// What matmul_largest works in, of each thread: the rows of a strip, and what it knows of each.
+std::int64_t largest_floats(std::int64_t rows, std::int64_t stride) {
+  return rows * (stride + static_cast<std::int64_t>(sizeof(Largest) / sizeof(float)));
+}
+
+// Adds outputs n to n + size of a row to what is known of its largest. Those of one thread ascend.
+void add_to_largest(const Kernels& kernels, const float* results, std::int64_t n, std::int64_t size,
+                    Largest& largest) {
+  const float maximum = kernels.finite_maximum(results, size);
+  if (maximum <= largest.value || std::isnan(largest.value)) return;
+  const std::int64_t i = std::find(results, results + size, maximum) - results;
+  largest = {maximum, static_cast<std::int32_t>(n + i)};
+}
+
+// Of what two threads know of a row.
+Largest larger(const Largest& a, const Largest& b) {
+  if (std::isnan(a.value) || a.value > b.value) return a;
+  if (a.value == b.value && a.output < b.output) return a;
+  return b;
 }
 
 }  // namespace
 
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
-                                 const Weight& weight, bool swiglu) {
+                                 const Weight& weight, ProductKind kind) {
   std::size_t most = 0;
   for (std::int64_t m = 1; m <= rows; ++m) {  // strips are wider with fewer of them
     const TensorView operand{nullptr, x, m, weight.depth, weight.depth};
     with_multiplication(ctx, operand, weight, [&](const auto& multiplication) {
-      std::int64_t stride = 0;
-      if (swiglu) stride = swiglu_stride(swiglu_strips(multiplication, operand, weight.blocks[0]));
-      most = std::max(most, multiplication.scratch_bytes(m * stride));
+      const auto stride = [&](std::int64_t parallel) {
+        const RowBlock& block = weight.blocks[0];
+        return cached_stride(cached_strips(multiplication, operand, block, parallel), parallel);
+      };
+      const std::int64_t floats = kind == ProductKind::kSwiglu    ? m * stride(2)
+                                  : kind == ProductKind::kLargest ? largest_floats(m, stride(1))
+                                                                  : 0;
+      most = std::max(most, multiplication.scratch_bytes(floats));
     });
   }
   return most;
@@ -300,6 +330,44 @@ void matmul_logits(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
   multiply(ctx, x, weight, out, false, &maxima);
 }
 
+void matmul_largest(const CpuContext& ctx, TensorView x, const Weight& weight,
+                    std::span<Largest> largest) {
+  const RowBlock& block = weight.blocks[0];
+  if (x.cols != weight.depth || block.rows != weight.outputs() || block.rows == 0 ||
+      std::ssize(largest) != x.rows) {
+    throw Error("matmul_largest: x [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) +
+                "], weight [" + std::to_string(weight.outputs()) + ", " +
+                std::to_string(weight.depth) + "], largest [" + std::to_string(largest.size()) +
+                "] do not fit; weight is one block with outputs, largest [rows of x].");
+  }
+  if (x.rows == 0) return;
+  std::fill(largest.begin(), largest.end(), Largest{-std::numeric_limits<float>::infinity(), 0});
+  with_multiplication(ctx, x, weight, [&](auto multiplication) {
+    Strips strips = cached_strips(multiplication, x, block, 1);
+    const std::int64_t stride = cached_stride(strips, 1);
+    multiplication.prepare(largest_floats(x.rows, stride));
+    const auto largest_of = [&](int worker) {
+      return reinterpret_cast<Largest*>(multiplication.floats_of(worker) + x.rows * stride);
+    };
+    for (int worker = 0; worker < ctx.num_threads(); ++worker) {
+      std::uninitialized_copy(largest.begin(), largest.end(), largest_of(worker));
+    }
+    ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
+      float* results = multiplication.floats_of(worker);
+      while (const std::optional<Strip> strip = strips.take()) {
+        multiplication.multiply(block, strip->n, strip->num_outputs, {results, stride}, worker);
+        for (std::int64_t row = 0; row < x.rows; ++row) {
+          add_to_largest(ctx.kernels(), results + row * stride, strip->n, strip->num_outputs,
+                         largest_of(worker)[row]);
+        }
+      }
+    });
+    for (int worker = 0; worker < ctx.num_threads(); ++worker) {
+      std::transform(largest.begin(), largest.end(), largest_of(worker), largest.begin(), larger);
+    }
+  });
+}
+
 void matmul_add(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView residual) {
   multiply(ctx, x, weight, residual, true);
 }
@@ -316,8 +384,8 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
   }
   if (x.rows == 0) return;
   with_multiplication(ctx, x, weight, [&](auto multiplication) {
-    Strips strips = swiglu_strips(multiplication, x, blocks[0]);
-    const std::int64_t stride = swiglu_stride(strips);
+    Strips strips = cached_strips(multiplication, x, blocks[0], 2);
+    const std::int64_t stride = cached_stride(strips, 2);
     multiplication.prepare(x.rows * stride);
     ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
       while (const std::optional<Strip> strip = strips.take()) {

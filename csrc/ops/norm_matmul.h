@@ -35,6 +35,11 @@ void norm_logits(const CudaContext& ctx, TensorView x, const float* norm, float 
                  const Weight& weight, MutTensorView normalized, MutTensorView out,
                  MutTensorView maxima);
 
+// The largest logit of each row alone, as matmul_largest has it. On the CPU only: on CUDA the sampler
+// looks for it.
+void norm_largest(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                  const Weight& weight, MutTensorView normalized, std::span<Largest> largest);
+
 // out = silu(gate) * up  with  [gate, up] = rms_norm(x) W^T + b
 //
 //   weight   [2 intermediate, hidden]      gate above up; on the CPU a row block each

@@ -16,6 +16,12 @@ void norm_logits(const CpuContext& ctx, TensorView x, const float* norm, float e
   matmul_logits(ctx, normalized, weight, out, maxima);
 }
 
+void norm_largest(const CpuContext& ctx, TensorView x, const float* norm, float eps,
+                  const Weight& weight, MutTensorView normalized, std::span<Largest> largest) {
+  rms_norm(ctx, x, norm, eps, normalized);
+  matmul_largest(ctx, normalized, weight, largest);
+}
+
 void norm_swiglu(const CpuContext& ctx, TensorView x, const float* norm, float eps,
                  const Weight& weight, MutTensorView normalized, MutTensorView /*gate_up*/,
                  MutTensorView out) {

@@ -316,6 +316,10 @@ class _Ops:
         ctx: CpuContext, x: Tensor, block: Tensor, layout: str = "rows"
     ) -> tuple[Tensor, Tensor]: ...
     @staticmethod
+    def matmul_largest(
+        ctx: CpuContext, x: Tensor, block: Tensor, layout: str = "rows"
+    ) -> tuple[Floats, npt.NDArray[np.int32]]: ...
+    @staticmethod
     def repack(ctx: CpuContext, block: Tensor) -> Tensor: ...
     @staticmethod
     def matmul_add(
