@@ -259,6 +259,8 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (b'{"messages": [{"role": "user", "content": 5}]}', "invalid_request", "text only"),
     (jsonl([{"prompt": "x" * 9000}]).strip(), "invalid_request", "max_model_len is 2048"),
     (jsonl([completion("a") | {"url": "/v1/embeddings"}]).strip(), "unknown_url", "embeddings"),
+    (jsonl([completion("a") | {"url": ["/v1"]}]).strip(), "unknown_url", "url is ['/v1']"),
+    (jsonl([completion("a") | {"url": {"x": 1}}]).strip(), "unknown_url", "url is {'x': 1}"),
     (jsonl([completion("a") | {"method": "GET"}]).strip(), "invalid_request", "GET"),
     (jsonl([completion("a") | {"body": 5}]).strip(), "invalid_request", "body is 5"),
     (jsonl([completion("a") | {"custom_id": 5}]).strip(), "invalid_request", "custom_id is 5"),

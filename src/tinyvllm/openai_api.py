@@ -143,14 +143,14 @@ class ApiRequest:
 
 
 def parse_request(
-    endpoint: str, body: Any, engine: TextEngine, defaults: Mapping[str, Any]
+    endpoint: Any, body: Any, engine: TextEngine, defaults: Mapping[str, Any]
 ) -> ApiRequest:
     """Raises InvalidRequestError (an ApiError where one field is to blame).
 
     defaults: SamplingParams fields for those that the body leaves out. Without max_tokens among
     them it is OpenAI's: 16 tokens, or what is left of the context for a chat.
     """
-    if endpoint not in _OWN_FIELDS:
+    if not isinstance(endpoint, str) or endpoint not in _OWN_FIELDS:  # a list has no hash
         raise ApiError(
             f"url is {endpoint!r:.80}; give {CHAT_COMPLETIONS} or {COMPLETIONS}.",
             param="url",
