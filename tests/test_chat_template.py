@@ -428,8 +428,15 @@ def test_a_template_that_writes_for_ever_is_stopped():
     source = (
         "{% for i in range(99999) %}{% for j in range(99999) %}0123456789{% endfor %}{% endfor %}"
     )
-    with pytest.raises(CheckpointError, match="more than 16777216 characters"):
+    with pytest.raises(InvalidRequestError, match="more than 16777216 characters"):
         render(source, [HELLO])
+
+
+def test_messages_that_are_too_long_are_no_flaw_of_the_checkpoint():
+    """A line of a batch may hold them, and must not end the run."""
+    long = {"role": "user", "content": "x" * ((16 << 20) + 1)}
+    with pytest.raises(InvalidRequestError, match="Shorten the messages"):
+        render("{{ messages[0].content }}", [long])
 
 
 def test_jinja_is_imported_only_to_render():

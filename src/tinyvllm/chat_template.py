@@ -63,7 +63,7 @@ class ChatTemplate:
             for piece in template.generate(values):
                 size += len(piece)
                 if size > MAX_RENDERED_CHARS:
-                    raise self.flaw(
+                    raise InvalidRequestError(  # the messages decide how much it writes
                         f"{self.origin}: the chat template wrote more than {MAX_RENDERED_CHARS} "
                         "characters. Shorten the messages, or give another template."
                     )
