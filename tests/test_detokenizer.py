@@ -63,10 +63,22 @@ def stream(tokenizer, ids, cuts=None, **options):
     return detokenizer, pieces
 
 
-def first_stop(text, stops):
-    """The stop string that is complete first in a text, and where; of several, the longest."""
-    ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+def first_stop(text, stops, early=0):
+    """The stop string that is complete first in a text, and where; of several, the longest. None
+    counts that ends within the first `early` characters."""
+    ends = []
+    for stop in stops:
+        at = text.find(stop, max(early + 1 - len(stop), 0))
+        if at >= 0:
+            ends.append((at + len(stop), -len(stop), stop))
     return (min(ends)[2], min(ends)[0]) if ends else (None, len(text))
+
+
+def num_complete(tokenizer, ids, min_tokens):
+    """Characters of the text that the first min_tokens ids complete."""
+    text = tokenizer.decode(ids)
+    heads = [tokenizer.decode(ids[:k]) for k in range(min_tokens + 1)]
+    return max(len(head) for head in heads if text.startswith(head))
 
 
 def ids_of(tokenizer: Tokenizer):
@@ -111,7 +123,7 @@ def test_a_token_without_text_may_follow_where_a_run_of_bytes_leaves_the_window(
 
 
 @pytest.mark.parametrize("name", ["byte-level", "byte-fallback", "metaspace"])
-def test_the_stream_with_stop_strings_is_the_decode_cut_at_the_first(name):
+def test_the_stream_with_stop_strings_is_the_decode_cut_at_the_first_that_counts(name):
     tokenizer = TOKENIZERS[name]
     anything = st.text("ab �é\n", min_size=1, max_size=4)
 
@@ -122,10 +134,18 @@ def test_the_stream_with_stop_strings_is_the_decode_cut_at_the_first(name):
         begins = st.integers(0, max(len(text) - 1, 0))
         part = st.tuples(begins, st.integers(1, 6)).map(lambda p: text[p[0] : sum(p)] or "a")
         stops = data.draw(st.lists(st.one_of(anything, part), min_size=1, max_size=4))
+        min_tokens = data.draw(st.one_of(st.just(0), st.integers(0, len(ids) + 2)))
+        if min_tokens:  # of which token a character is that is none, nobody can say
+            stops = [stop.rstrip("�") or "a" for stop in stops]
         detokenizer, pieces = stream(
-            tokenizer, ids, cuts, stop=stops, include_stop_str_in_output=include
+            tokenizer,
+            ids,
+            cuts,
+            stop=stops,
+            include_stop_str_in_output=include,
+            min_tokens=min_tokens,
         )
-        stop, end = first_stop(text, stops)
+        stop, end = first_stop(text, stops, num_complete(tokenizer, ids, min_tokens))
         assert detokenizer.stop_reason == stop
         assert "".join(pieces) == text[: end if include or not stop else end - len(stop)]
 
@@ -281,6 +301,45 @@ def test_of_several_stop_strings_the_first_to_be_complete_wins(text, stops, want
     for cuts in ([1] * len(ids), [len(ids)]):
         detokenizer, pieces = stream(LLAMA3, ids, cuts, stop=stops)
         assert ("".join(pieces), detokenizer.stop_reason) == (want, reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "want"),
+    [
+        ("abab", "abab", 3, ""),  # it ends after the third token, wherever it begins
+        ("ababab", "abab", 4, "ab"),  # the one that counts overlaps one that does not
+        ("abababab", "abab", 6, "abab"),
+        ("aaaa", "aa", 2, "a"),
+        ("abxab", "ab", 2, "abx"),
+        ("abab", "abab", 4, "abab"),
+        ("ab", "b", 9, "ab"),
+    ],
+)
+def test_a_stop_string_counts_only_behind_the_first_min_tokens(text, stop, min_tokens, want):
+    ids = [i for char in text for i in LLAMA3.encode(char, False)]
+    for cuts in ([1] * len(ids), [len(ids)], [2] * len(ids)):
+        options = {"stop": [stop], "min_tokens": min_tokens}
+        detokenizer, pieces = stream(LLAMA3, ids, cuts, **options)
+        reason = None if want == text else stop
+        assert ("".join(pieces), detokenizer.stop_reason) == (want, reason)
+        kept = "".join(stream(LLAMA3, ids, cuts, include_stop_str_in_output=True, **options)[1])
+        assert kept == want + (reason or "")
+
+
+def test_a_character_is_of_the_token_that_completes_it():
+    fox = byte_tokens("🦊".encode())
+    for min_tokens, want in ((3, ""), (4, "🦊")):
+        assert "".join(stream(LLAMA3, fox, stop=["🦊"], min_tokens=min_tokens)[1]) == want
+    ids = [*fallback_tokens("é🦊".encode()), *LLAMA2.encode("a", False)]
+    all_of_it = "é🦊 a"
+    for stop, min_tokens, want in (
+        ("é", 1, ""),
+        ("é", 2, all_of_it),
+        ("é", 4, all_of_it),
+        ("🦊", 5, "é"),
+        ("🦊", 6, all_of_it),
+    ):
+        assert "".join(stream(LLAMA2, ids, stop=[stop], min_tokens=min_tokens)[1]) == want
 
 
 def test_the_stop_string_is_kept_on_request():

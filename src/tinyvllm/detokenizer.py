@@ -1,8 +1,10 @@
 """Token ids to text while they arrive: what has been emitted never changes, and nothing is lost.
 
 The promise: all that is emitted, joined, is `tokenizer.decode(all output ids)`, character for
-character, cut at the first stop string. The prompt plays no part in it: a text begins as its own
-decode begins, so the space that SentencePiece models write before the first word is dropped.
+character, cut at the first stop string that counts: as in vLLM, one that ends in text of the first
+min_tokens tokens does not. A character is of the token that completes it. The prompt plays no part
+in all this: a text begins as its own decode begins, so the space that SentencePiece models write
+before the first word is dropped.
 
 How: only the last few tokens (the window) are decoded, without and with the new ones; the
 difference is what the new ones add. Held back is what later tokens can still change:
@@ -40,6 +42,7 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         if "" in stop:
             raise InvalidRequestError("a stop string is empty. Leave it out.")
@@ -48,6 +51,8 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._include_stop = include_stop_str_in_output
         self._stops = [_StopString(text) for text in stop]
+        self._num_early_tokens = min_tokens if stop else 0  # to come, in whose text no stop counts
+        self._num_early_chars = 0  # of them, held back when the last of these tokens had come
         self._finished = False
         self._emitted: list[str] = []
         self._window: list[int] = []
@@ -65,6 +70,16 @@ class IncrementalDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes the next tokens and returns the text that has become certain."""
+        early = ids[: self._num_early_tokens]
+        if not early:
+            return self._push(ids)
+        text = self._push(early)
+        self._num_early_tokens -= len(early)
+        if self._num_early_tokens == 0:
+            self._num_early_chars = self._num_complete_in_run()
+        return text + self._push(ids[len(early) :])
+
+    def _push(self, ids: Sequence[int]) -> str:
         if self._finished:
             return ""
         ready: list[int] = []
@@ -114,6 +129,15 @@ class IncrementalDetokenizer:
     def _decode_window(self) -> str:
         return self._tokenizer.decode(self._window, self._skip_special_tokens)
 
+    def _num_complete_in_run(self) -> int:
+        """Characters of the run that is held back, without a last one that is not complete."""
+        incomplete, _ = self._run_check.getstate()
+        complete = self._run[: len(self._run) - len(incomplete)]
+        if not complete:
+            return 0
+        text = self._tokenizer.decode(self._window + complete, self._skip_special_tokens)
+        return len(text) - self._passed_on
+
     def _context(self) -> list[int]:
         """The shortest end of the window that has _CONTEXT tokens with text."""
         begin = len(self._window)
@@ -127,9 +151,12 @@ class IncrementalDetokenizer:
         """Passes text on, as far as it cannot be a part of a stop string."""
         text = self._withheld + certain
         end = len(text)
+        num_early = len(certain) if self._num_early_tokens else self._num_early_chars
+        self._num_early_chars = max(num_early - len(certain), 0)
+        first_that_counts = len(self._withheld) + num_early + 1
         for i, char in enumerate(certain if self._stops else "", len(self._withheld) + 1):
             complete = [stop.text for stop in self._stops if stop.read(char)]
-            if complete:
+            if complete and i >= first_that_counts:
                 self.stop_reason = max(complete, key=len)  # of those that end here, the first
                 self._finished = last = True
                 end = i if self._include_stop else i - len(self.stop_reason)
@@ -157,6 +184,9 @@ class _StopString:
         return matched + (self.text[matched] == char)
 
     def read(self, char: str) -> bool:
-        """Takes one character; true if it completes the string."""
+        """Takes one character; true if it completes the string. Its end may begin another one."""
         self.matched = self._advance(self.matched, char)
-        return self.matched == len(self.text)
+        if self.matched < len(self.text):
+            return False
+        self.matched = self._border[-1]
+        return True

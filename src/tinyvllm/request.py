@@ -165,6 +165,7 @@ class _Output:
                 skip_special_tokens=self._params.skip_special_tokens,
                 stop=self._params.stop_strings,
                 include_stop_str_in_output=self._params.include_stop_str_in_output,
+                min_tokens=self._params.min_tokens,
             )
         token_ids, self._token_ids = self._token_ids, []
         return self._detokenizer.push(token_ids)

@@ -38,7 +38,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to the engine's max_model_len
-    min_tokens: int = 0
+    min_tokens: int = 0  # before it no end: neither an end token nor a stop string in its text
     logprobs: int | None = None  # the best k of each token, besides the token's own
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default_factory=dict)
