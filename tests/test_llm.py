@@ -191,6 +191,18 @@ def test_generation_config_overrides_config_and_the_tokenizer_adds() -> None:
     assert eos_token_ids({"eos_token_id": 1}, {"eos_token_id": 2}, 3) == [1, 3]
 
 
+@pytest.mark.parametrize("token", [-2, 1 << 31, True, "5"])
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer.json"])
+def test_an_end_token_that_is_no_token_id_names_its_file(where: str, token: Any) -> None:
+    from tinyvllm.generation_config import eos_token_ids
+
+    files: dict[str, Any] = {"generation_config.json": {}, "config.json": {}}
+    if where in files:
+        files[where] = {"eos_token_id": [5, token]}
+    with pytest.raises(CheckpointError, match=rf"^{where}: the end token is {token!r}"):
+        eos_token_ids(*files.values(), token if where == "tokenizer.json" else None)
+
+
 # --- Options and errors -----------------------------------------------------------------------
 
 

@@ -446,6 +446,14 @@ def test_a_merge_prefix_is_refused_since_it_can_end_the_process(tmp_path):
         Tokenizer.from_dir(tmp_path)
 
 
+def test_an_id_beyond_31_bits_is_a_damaged_file():
+    words = Backend(models.WordLevel({"a": (1 << 31) - 1, "b": 3_000_000_000}, unk_token="a"))
+    tokenizer = Tokenizer(words, {}, {})
+    assert tokenizer.encode("a") == [(1 << 31) - 1]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*3000000000"):
+        tokenizer.encode("b")
+
+
 def test_clean_up_is_left_out_for_bpe_and_refused_for_others(tmp_path):
     config = {**LLAMA3, "clean_up_tokenization_spaces": True}
     tokenizer = Tokenizer.from_dir(write(tmp_path / "bpe", llama3(), config))

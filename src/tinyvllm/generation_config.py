@@ -121,18 +121,18 @@ def eos_token_ids(
     Each file may hold a number, a list or nothing. Leaving one of them out is how a chat model
     never stops.
     """
-    found: list[int] = []
+    found: dict[str, list[Any]] = {}
     for origin, config in ((FILE, generation_config), ("config.json", model_config)):
         value = config.get("eos_token_id")
-        if value is None:
-            continue
-        for token in value if isinstance(value, list) else [value]:
+        if value is not None:
+            found[origin] = value if isinstance(value, list) else [value]
+            break
+    if tokenizer_eos is not None:
+        found["tokenizer.json"] = [tokenizer_eos]
+    for origin, tokens in found.items():
+        for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < 1 << 31:
                 raise CheckpointError(
-                    f"{origin}: eos_token_id holds {token!r}, no token id. Correct the file."
+                    f"{origin}: the end token is {token!r:.60}, no token id. Correct the file."
                 )
-            found.append(token)
-        break
-    if tokenizer_eos is not None:
-        found.append(tokenizer_eos)
-    return sorted(set(found))
+    return sorted({token for tokens in found.values() for token in tokens})

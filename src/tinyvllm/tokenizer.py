@@ -110,6 +110,11 @@ class Tokenizer:
             ) from error
         with _flaws_in("tokenizer.json"):
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if ids and max(ids) >= 1 << 31:
+            raise CheckpointError(
+                f"tokenizer.json: gives the token id {max(ids)}, ids go up to 2^31 - 1. The file "
+                "is damaged; download it again."
+            )
         if add_special_tokens and self._adds_bos and ids[1:2] == [self.bos_token_id]:
             del ids[0]
         return ids
@@ -216,8 +221,9 @@ class TokenizerLoader:
             name = declared.get("content") if isinstance(declared, dict) else declared
             path = self._directory / "tokenizer.json"
             for entry in _added_tokens(path) if isinstance(name, str) else ():
-                if entry.get("content") == name and isinstance(entry.get("id"), int):
-                    return int(entry["id"])
+                token_id = entry.get("id")
+                if entry.get("content") == name and isinstance(token_id, int):
+                    return token_id  # whoever uses it looks at its range
         return self.result().eos_token_id
 
 
