@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -377,6 +378,44 @@ def test_an_interrupted_json_run_still_says_what_there_is(model: str) -> None:
     assert process.returncode == 130
     reasons = [json.loads(line)["finish_reason"] for line in (first + rest).splitlines()]
     assert reasons == ["length", "abort"]
+
+
+@pytest.fixture(scope="module")
+def model_with_a_bad_token(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that computes NaN where token 7 is in the prompt."""
+    directory = FAMILIES["llama-linear"].write(tmp_path_factory.mktemp("bad"))
+    weights = directory / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    (header_size,) = struct.unpack_from("<Q", data)
+    embedding = json.loads(data[8 : 8 + header_size])["model.embed_tokens.weight"]
+    assert embedding["dtype"] == "BF16"
+    row_size = 2 * embedding["shape"][1]
+    begin = 8 + header_size + embedding["data_offsets"][0] + 7 * row_size
+    data[begin : begin + row_size] = b"\xff" * row_size
+    weights.write_bytes(data)
+    return str(directory)
+
+
+def test_an_error_in_the_middle_loses_no_answer(model_with_a_bad_token: str) -> None:
+    # The second prompt takes several steps, in which the first one's answer comes to its end, while
+    # the third one waits.
+    prompts = ["5,6", "5," * 2000 + "7", "6," * 2000 + "5"]
+    arguments = [part for ids in prompts for part in ("--prompt-ids", ids)] + ["-n", "3"]
+    whole = generate(model_with_a_bad_token, "--prompt-ids", "5,6", "-n", "3")
+    run = generate(model_with_a_bad_token, *arguments)
+    assert run.returncode == 1
+    assert run.stdout == whole.stdout != b""
+    assert b"not a finite number" in run.stderr
+    run = generate(model_with_a_bad_token, *arguments, "--json")
+    results = json.loads(run.stdout)["results"]
+    assert run.returncode == 1
+    assert [result["finish_reason"] for result in results] == ["length", "error", "abort"]
+    assert len(results[0]["token_ids"]) == 3
+
+
+@pytest.mark.parametrize("form", ["--json", "--jsonl"])
+def test_a_prompt_that_is_refused_leaves_stdout_empty(model: str, form: str) -> None:
+    assert_error(generate(model, "--prompt-ids", "5", "--prompt-ids", "99999", form), 2, "99999")
 
 
 # --- Cost -------------------------------------------------------------------------------------

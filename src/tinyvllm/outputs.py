@@ -33,7 +33,7 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None  # only where logprobs were asked for
     logprobs: list[TokenLogprobs] | None = None
-    finish_reason: str | None = None  # stop, length or abort
+    finish_reason: str | None = None  # stop, length, abort or error
     stop_reason: int | str | None = None  # the stop token id or stop string; None for EOS
 
     def finished(self) -> bool:

@@ -20,7 +20,7 @@ from tinyvllm.cli.model_options import (
 from tinyvllm.cli.options import Command, TokenIds, option
 from tinyvllm.cli.startup import importing
 from tinyvllm.cli.terminal import Output, Stopped, read_file, read_stdin
-from tinyvllm.errors import InvalidRequestError
+from tinyvllm.errors import InvalidRequestError, TinyvllmError
 
 if TYPE_CHECKING:
     from tinyvllm.cli.report import Prompt
@@ -151,6 +151,10 @@ def command(**options: Any) -> None:
             report.end()
         except Stopped as stopped:
             if stopped.exit_code != 141:  # a reader is there: give it what there is
+                report.end()
+            raise
+        except TinyvllmError:
+            if report.has_begun:  # else a prompt was refused, and none has an answer
                 report.end()
             raise
         finally:

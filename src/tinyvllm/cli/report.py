@@ -79,6 +79,7 @@ class Report:
         self._model = options["model"] or "bundled"
         self._json, self._jsonl = options["as_json"], options["as_jsonl"]
         self._stream = options["stream"]
+        self.has_begun = False  # something has come of an answer
         self._answers = [Answer() for _ in prompts]
         self._first_open = 0  # text is printed in the order of the prompts
         self._began = time.perf_counter()
@@ -92,6 +93,7 @@ class Report:
         self._stdout.flush()
 
     def _take(self, delta: RequestDelta) -> None:
+        self.has_begun = True
         answer = self._answers[delta.prompt_index]
         answer.output.add(delta)
         if delta.token_ids:
