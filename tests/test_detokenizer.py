@@ -77,7 +77,8 @@ def first_stop(text, stops, early=0):
 def num_complete(tokenizer, ids, min_tokens):
     """Characters of the text that the first min_tokens ids complete."""
     text = tokenizer.decode(ids)
-    heads = [tokenizer.decode(ids[:k]) for k in range(min_tokens + 1)]
+    decoded = [tokenizer.decode(ids[:k]) for k in range(min_tokens + 1)]
+    heads = [*decoded, *(head.rstrip("�") for head in decoded)]  # which may become a character
     return max(len(head) for head in heads if text.startswith(head))
 
 
