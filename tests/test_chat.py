@@ -23,10 +23,11 @@ import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.conversation import Conversation
-from tinyvllm.cli.terminal import Stopped, printable
+from tinyvllm.cli.terminal import Stopped
 from tinyvllm.cli.word_wrap import WordWrap
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
+from tinyvllm.stderr import printable
 
 COMMAND = [*cli_process.COMMAND, "chat"]
 FOX = "Tell me a story about a brave fox"

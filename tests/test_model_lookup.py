@@ -20,6 +20,7 @@ import termios
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,12 @@ class Machine:
         self,
         model: str = REPO,
         *,
-        stderr: int = subprocess.PIPE,
+        stderr: int | None = subprocess.PIPE,
         largest_file: int | None = None,
         env: dict[str, str] | None = None,
         **options: Any,
     ) -> Lookup:
+        """stderr: None closes it."""
         result = self.root / "result.json"
         done = subprocess.run(
             [sys.executable, "-c", CALL, json.dumps([model, options, str(result), largest_file])],
@@ -127,6 +129,7 @@ class Machine:
             stderr=stderr,
             text=True,
             timeout=60,
+            preexec_fn=partial(os.close, 2) if stderr is None else None,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "", "stdout belongs to the answer"
@@ -208,6 +211,21 @@ def test_a_directory_wins_over_a_hub_name_and_says_so(
     assert REPO in err
     find_model(REPO, quiet=True)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(params=["closed", "/dev/full"])
+def deaf(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    """A stderr on which nothing can be said, for Machine.find."""
+    if request.param == "closed":
+        yield None
+    else:
+        with Path(request.param).open("wb") as full:
+            yield full.fileno()
+
+
+def test_a_note_that_cannot_be_said_changes_nothing(machine: Machine, deaf: int | None) -> None:
+    (machine.root / REPO).mkdir(parents=True)
+    assert machine.find(stderr=deaf).path == Path(REPO)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +338,10 @@ def test_neither_a_directory_nor_a_cached_model_imports_huggingface_hub(machine:
 
 
 # Downloads.
+
+
+def test_a_download_needs_no_stderr(machine: Machine, hub: HubServer, deaf: int | None) -> None:
+    assert contents(machine.find(stderr=deaf).path) == WANTED
 
 
 def test_a_download_fetches_what_the_engine_reads_and_no_more(

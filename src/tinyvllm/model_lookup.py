@@ -26,6 +26,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tinyvllm.errors import CheckpointError, InvalidRequestError
+from tinyvllm.stderr import tell
 
 _INDEX = "model.safetensors.index.json"
 _REQUIRED = ("config.json", "tokenizer.json")
@@ -63,7 +64,7 @@ def find_model(
     path = os.path.expanduser(model)
     if model and os.path.isdir(path):
         if (is_repo or revision) and not quiet:
-            print(f"note: {model} is a directory here, so no hub is asked.", file=sys.stderr)
+            tell(f"note: {model} is a directory here, so no hub is asked.")
         return Path(path)
     if os.path.lexists(path):
         raise CheckpointError(_not_a_directory(Path(path)))
@@ -204,7 +205,8 @@ def _hub_output(quiet: bool) -> Iterator[None]:
 
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    hide = (quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
+    shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    hide = not shown and not are_progress_bars_disabled()
     try:
         if hide:
             disable_progress_bars()

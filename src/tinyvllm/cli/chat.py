@@ -30,10 +30,9 @@ from tinyvllm.cli.terminal import (
     Output,
     Stopped,
     catch_interrupts,
-    printable,
-    telling,
 )
 from tinyvllm.errors import InvalidRequestError
+from tinyvllm.stderr import printable, tell
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -363,11 +362,9 @@ def _path(name: str) -> Path:
 
 def _say(line: str) -> None:
     """A line that is no answer, on stderr."""
-    if sys.stderr is not None:
-        width = shutil.get_terminal_size().columns
-        wrapped = textwrap.wrap(printable(line), width, initial_indent="  ", subsequent_indent="  ")
-        with telling():
-            print("\n".join(wrapped), file=sys.stderr, flush=True)
+    width = shutil.get_terminal_size().columns
+    wrapped = textwrap.wrap(printable(line), width, initial_indent="  ", subsequent_indent="  ")
+    tell("\n".join(wrapped))
 
 
 def _count_of(number: int, thing: str) -> str:

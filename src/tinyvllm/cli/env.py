@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from tinyvllm.cli.options import Command, option
-from tinyvllm.cli.terminal import Output, printable
+from tinyvllm.cli.terminal import Output
+from tinyvllm.stderr import printable
 
 SCHEMA = 1  # of --json; it changes when a key changes its meaning
 

@@ -20,7 +20,7 @@ from tinyvllm.cli.model_options import (
     named_shape,
 )
 from tinyvllm.cli.options import Command, Count, ModelName, option
-from tinyvllm.cli.terminal import Output, printable
+from tinyvllm.cli.terminal import Output
 from tinyvllm.errors import CapacityError, DeviceError, InvalidRequestError
 from tinyvllm.memory_plan import (
     BLOCK_SIZE,
@@ -33,6 +33,7 @@ from tinyvllm.memory_plan import (
     make_plan,
     used_tensors,
 )
+from tinyvllm.stderr import printable
 
 if TYPE_CHECKING:
     from tinyvllm.tokenizer import Tokenizer

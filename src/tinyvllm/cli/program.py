@@ -13,8 +13,9 @@ with importing():
     import click
     from click.shell_completion import CompletionItem
 
-    from tinyvllm.cli.terminal import Stopped, handle_signals, telling
+    from tinyvllm.cli.terminal import Stopped, handle_signals
     from tinyvllm.errors import TinyvllmError
+    from tinyvllm.stderr import telling
 
 # Title -> command -> what it does. `run-batch` is `command` in the module run_batch, and so on.
 _GROUPS = {

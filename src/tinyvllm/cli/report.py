@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tinyvllm.cli import startup
-from tinyvllm.cli.terminal import Output, hold_signals, printable, telling
+from tinyvllm.cli.terminal import Output, hold_signals
 from tinyvllm.llm import LLM
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, best_logprobs
 from tinyvllm.sampling_params import SamplingParams
+from tinyvllm.stderr import tell
 
 SCHEMA = 1  # of --json and --jsonl; it changes when a key changes its meaning
 
 
 def note(line: str) -> None:
     """A line on stderr."""
-    if sys.stderr is not None:
-        with telling():
-            print(printable(f"tinyvllm: {line}"), file=sys.stderr)
+    tell(f"tinyvllm: {line}")
 
 
 def notes(llm: LLM, asked_model_len: int | None) -> list[str]:
