@@ -125,7 +125,7 @@ def test_a_file_of_prompts_says_what_they_are_and_how_long_outputs_get(tmp_path:
     work = work_of_file(path, tokenizer, None, (20, 30), seed=0)
     assert work.prompts == [
         tokenizer.encode("Once upon a time"),
-        tokenizer.encode_chat([{"role": "user", "content": "Hello"}]),
+        tokenizer.encode_chat([{"role": "user", "content": "Hello"}])[1],
         [5, 6, 7],
     ]
     assert work.output_lens[::2] == [7, 1]

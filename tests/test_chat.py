@@ -178,7 +178,7 @@ def test_an_answer_that_the_template_changes_is_tokenized_anew(llm: LLM) -> None
     conversation.ask("Hello")
     conversation.answer("  spaces  ", tokenizer.encode("  spaces  ", add_special_tokens=False))
     ids = conversation.ask("More")  # the story model's template trims contents
-    assert ids == tokenizer.encode_chat(conversation.messages)
+    assert ids == tokenizer.encode_chat(conversation.messages)[1]
 
 
 def test_a_question_taken_back_leaves_no_trace(llm: LLM) -> None:
@@ -224,7 +224,7 @@ def test_a_file_may_have_the_form_of_a_request(llm: LLM, tmp_path: Path) -> None
     path.write_text(json.dumps({"model": "x", "messages": [{"role": "user", "content": parts}]}))
     conversation = Conversation(llm.get_tokenizer())
     conversation.load(path)
-    assert conversation.messages == [{"role": "user", "content": "Hello"}]
+    assert conversation.messages == [{"role": "user", "content": "Hel\nlo"}]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_a_file_may_have_the_form_of_a_request(llm: LLM, tmp_path: Path) -> None
         ("\xff", "not a JSON file"),
         ("3", "no list of messages"),
         ("[3]", "message 1: not an object with a role and a content"),
-        ('[{"role": "user"}]', "message 1: the content is None"),
-        ('[{"role": "user", "content": [{"type": "image_url"}]}]', "parts that are no text"),
+        ('[{"role": "user"}]', "message 1: there is no content"),
+        ('[{"role": "user", "content": [{"type": "image_url"}]}]', "message 1 has .* text only"),
         ('[{"role": "pirate", "content": "Ahoy"}]', "unknown role: pirate"),
         ('[{"role": "user", "content": "\\ud83d"}]', "half a character"),
     ],

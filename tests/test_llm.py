@@ -151,6 +151,22 @@ def test_no_logprobs_unless_asked(llm: LLM) -> None:
 # --- Where an output ends ---------------------------------------------------------------------
 
 
+def test_content_in_parts_is_one_text() -> None:
+    parts = [{"type": "text", "text": "Tell me"}, {"type": "text", "text": "a story"}]
+    with LLM() as llm:
+        whole, split = llm.chat(
+            [[{"role": "user", "content": content}] for content in ("Tell me\na story", parts)],
+            GREEDY,
+            use_tqdm=False,
+        )
+        assert split.prompt == whole.prompt
+        image = [{"type": "image_url", "image_url": "x"}]
+        with pytest.raises(InvalidRequestError, match=r"messages\[1\] has .*image_url"):
+            llm.chat([{"role": "user", "content": "Hi"}, {"role": "user", "content": image}])
+        with pytest.raises(InvalidRequestError, match="a message is a int"):
+            llm.parse_chat([3])  # type: ignore[list-item]
+
+
 def test_a_stop_string_that_spans_tokens_is_cut_off(llm: LLM) -> None:
     whole = text_of(llm, "Hello")
     stop = whole[6:11]

@@ -98,6 +98,25 @@ class ChatTemplate:
         )
 
 
+def with_one_text(message: Message, where: str) -> Message:
+    """The message with OpenAI's list of parts joined by line ends: most templates know no parts.
+
+    where: which message it is, for the error.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type") != "text":
+            raise InvalidRequestError(
+                f"{where} has the content {part!r:.60}; this model reads text only. Take it out."
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
 def _message(message: object) -> dict[Any, Any]:
     """A plain copy of a message, without the keys that are None, as Transformers passes it on."""
     if not isinstance(message, Mapping):

@@ -145,10 +145,6 @@ class LLM(TextEngine):
             for request in unfinished:
                 self.abort(request)
 
-    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """The prompt of a conversation, as token ids."""
-        return self._tokenizer.encode_chat(messages, **kwargs)
-
     def __enter__(self) -> LLM:
         return self
 

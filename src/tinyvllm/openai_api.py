@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyvllm.chat_template import Message, with_one_text
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestOutput, best_logprobs
 from tinyvllm.request import ParsedPrompt
@@ -227,26 +228,16 @@ def parse_messages(
     )
 
 
-def _message(message: Any, index: int) -> dict[str, Any]:
-    """A message whose content is one text: templates know no list of parts."""
+def _message(message: Any, index: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ApiError(
             f"messages[{index}] is {message!r:.60}; give an object with role and content.",
             param=f"messages[{index}]",
         )
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type") != "text":
-            raise ApiError(
-                f"messages[{index}] has the content {part!r:.60}; this model reads text only.",
-                param=f"messages[{index}].content",
-            )
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}
+    try:
+        return with_one_text(message, f"messages[{index}]")
+    except InvalidRequestError as error:
+        raise ApiError(str(error), param=f"messages[{index}].content") from None
 
 
 def _prompts(prompt: Any) -> list[Any]:

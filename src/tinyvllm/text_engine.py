@@ -209,14 +209,14 @@ class TextEngine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> ParsedPrompt:
         """A conversation, as the prompt that the model's chat template makes of it."""
-        text = self._tokenizer.apply_chat_template(
+        text, ids = self._tokenizer.encode_chat(
             messages,
             template=chat_template,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             **(chat_template_kwargs or {}),
         )
-        return ParsedPrompt(text, self._tokenizer.encode(text, add_special_tokens=False))
+        return ParsedPrompt(text, ids)
 
     # --- Requests and steps -----------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.chat_template import ChatTemplate, Message
+from tinyvllm.chat_template import ChatTemplate, Message, with_one_text
 from tinyvllm.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -173,9 +173,18 @@ class Tokenizer:
             variables={**self.special_tokens, **kwargs},
         )
 
-    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """The ids of a chat. BOS stands where the template writes it; no other is added."""
-        return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
+    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> tuple[str, list[int]]:
+        """The prompt of a chat as text and as ids; kwargs are those of `apply_chat_template`.
+
+        BOS stands where the template writes it; no other is added. A content in parts is joined.
+        """
+        texts = [
+            # What is no message, the template's renderer refuses.
+            with_one_text(message, f"messages[{i}]") if isinstance(message, Mapping) else message
+            for i, message in enumerate(messages)
+        ]
+        text = self.apply_chat_template(texts, **kwargs)
+        return text, self.encode(text, add_special_tokens=False)
 
     def _chat_template(self, template: str | None, with_tools: bool) -> ChatTemplate:
         names = ["tool_use", "default"] if with_tools else ["default"]

@@ -99,7 +99,7 @@ def _parse(line: str, where: str, tokenizer: Tokenizer) -> tuple[list[int], int 
     if isinstance(value.get("prompt"), str):
         return tokenizer.encode(value["prompt"]), length
     if isinstance(value.get("messages"), list):
-        return tokenizer.encode_chat(value["messages"]), length
+        return tokenizer.encode_chat(value["messages"])[1], length
     ids = value.get("prompt_token_ids")
     if isinstance(ids, list) and ids and all(type(token) is int for token in ids):
         return ids, length

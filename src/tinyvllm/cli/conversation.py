@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tinyvllm.chat_template import with_one_text
 from tinyvllm.errors import InvalidRequestError
 from tinyvllm.tokenizer import Tokenizer
 
@@ -126,16 +127,7 @@ def _message(value: Any, where: str) -> Message:
     """A message of text. Other keys than role and content are kept, for the chat template."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise InvalidRequestError(f"{where}: not an object with a role and a content.")
-    content = value.get("content")
-    if isinstance(content, list):  # OpenAI's longer form
-        if not all(
-            isinstance(part, dict)
-            and part.get("type") == "text"
-            and isinstance(part.get("text"), str)
-            for part in content
-        ):
-            raise InvalidRequestError(f"{where}: has parts that are no text. Take them out.")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise InvalidRequestError(f"{where}: the content is {content!r:.60}; it must be a text.")
-    return {**value, "content": content}
+    message = dict(with_one_text(value, where))
+    if not isinstance(message.get("content"), str):
+        raise InvalidRequestError(f"{where}: there is no content; give a text.")
+    return message

@@ -209,7 +209,7 @@ def _prompts(llm: LLM, texts: list[str], options: dict[str, Any]) -> list[Prompt
             messages = [{"role": "user", "content": text}]
             if options["system"] is not None:
                 messages.insert(0, {"role": "system", "content": options["system"]})
-            prompts.append(Prompt(text, tokenizer.encode_chat(messages), chat=True))
+            prompts.append(Prompt(text, tokenizer.encode_chat(messages)[1], chat=True))
         else:
             prompts.append(Prompt(text, tokenizer.encode(text), chat=False))
     return prompts + ids
