@@ -73,6 +73,31 @@ def test_help_takes_less_than_a_third_of_a_second() -> None:
     assert min(seconds) < 0.3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--help"], {}),
+        (["--version"], {}),
+        (["generate", "--help"], {}),
+        ([], {"_TINYVLLM_COMPLETE": "zsh_source"}),
+    ],
+)
+def test_a_reader_that_has_gone_is_exit_141_and_no_message(
+    arguments: list[str], environment: dict[str, str]
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run(
+        [*COMMAND, *arguments],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
 def completed(words: str, shell: str = "bash") -> list[str]:
     """What the shell gets to offer after these words."""
     environment = {

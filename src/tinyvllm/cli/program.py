@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from tinyvllm.cli.startup import importing
 
@@ -33,8 +36,25 @@ _GROUPS = {
 _COMMANDS = {name: help for group in _GROUPS.values() for name, help in group.items()}
 
 
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """A closed pipe is Stopped(141). Where it gets hold of one, click ends the program with 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise Stopped(141) from None
+
+
 class _Commands(click.Group):
     """The modules beside this one, imported by name: `--help` must not load an engine."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with _reader_may_go():  # of --help and --version
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_go():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -120,7 +140,8 @@ def run() -> None:
 
 def _exit_code() -> int:
     try:
-        result = cli.main(prog_name="tinyvllm", standalone_mode=False)
+        with _reader_may_go():  # of a completion, which click writes before it makes a context
+            result = cli.main(prog_name="tinyvllm", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         with telling():
@@ -130,8 +151,6 @@ def _exit_code() -> int:
         return _fail(str(error), error.exit_code)
     except MemoryError:
         return _fail("out of memory. Try a smaller --max-model-len.", 4)
-    except BrokenPipeError:
-        raise Stopped(141) from None
     except OSError as error:
         return _fail(f"{error}.", 1)
     except Exception as error:
