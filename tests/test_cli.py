@@ -117,6 +117,15 @@ def test_json_is_one_object_that_says_everything(model: str) -> None:
     assert document["usage"]["total_tokens"] == answer["prompt_tokens"] + 4
 
 
+def test_a_models_min_tokens_forbids_no_short_output(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "generation_config.json"
+    config.write_text('{"min_new_tokens": 30}')
+    arguments = ["-p", "Hello", "-n", "4", "--json", "--generation-config", str(config)]
+    sampling = json.loads(generate(model, *arguments).stdout)["sampling"]
+    assert sampling["min_tokens"] == {"value": 4, "from": "generation_config"}
+    assert_error(generate(model, *arguments, "--min-tokens", "30"), 2, "min_tokens is 30")
+
+
 def test_jsonl_has_a_line_for_each_prompt(model: str) -> None:
     result = generate(model, "-p", "one", "--prompt-ids", "5,6,7", "-n", "3", "--jsonl")
     first, second = (json.loads(line) for line in result.stdout.splitlines())

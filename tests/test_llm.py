@@ -426,6 +426,14 @@ def test_generation_config_means_what_transformers_makes_of_it(
     assert ours.repetition_penalty == pytest.approx(prepared.repetition_penalty or 1)
 
 
+def test_a_models_min_tokens_forbids_no_short_output(directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"min_new_tokens": 30}')
+    with LLM(directory, generation_config=path) as llm:
+        params = llm.get_default_sampling_params()
+    assert (params.min_tokens, params.max_tokens) == (16, 16)
+
+
 @pytest.mark.parametrize("values", ['{"top_p": 1.5}', '{"do_sample": true, "top_k": 2.5}'])
 def test_a_generation_config_out_of_range_is_named(tmp_path: Path, values: str) -> None:
     from tinyvllm.generation_config import read_json, sampling_defaults

@@ -30,6 +30,7 @@ from tinyvllm.cli.batch_lines import MAX_LINE_BYTES, Settings, encode, read_line
 from tinyvllm.cli.batch_run import Batch, Progress, Tally
 from tinyvllm.cli.line_io import LineReader, LineWriter
 from tinyvllm.errors import InvalidRequestError
+from tinyvllm.generation_config import SamplingDefaults
 from tinyvllm.openai_api import SAMPLING_FIELDS
 
 COMMAND = [sys.executable, "-m", "tinyvllm.cli", "run-batch"]
@@ -201,6 +202,23 @@ def test_openai_defaults_hold_for_openai_lines_and_the_models_for_plain_ones() -
     assert second["completion_tokens"] == 7
 
 
+def test_a_models_min_tokens_forbids_no_short_output(bundled: LLM) -> None:
+    defaults = SamplingDefaults({"min_tokens": 30, "max_tokens": 40})
+    settings_ = Settings("m", 0, defaults, {}, 20)
+    for line, want in (
+        ({"prompt": "x"}, (30, 40)),
+        ({"prompt": "x", "max_tokens": 5}, (5, 5)),
+        (completion("a", prompt="x"), (16, 16)),
+        (chat("a", "x"), (30, None)),
+        (chat("a", "x", max_completion_tokens=5), (5, 5)),
+    ):
+        [(_, params)] = read_line(json.dumps(line).encode(), 1).requests(bundled, settings_)
+        assert (params.min_tokens, params.max_tokens) == want
+    asked = read_line(b'{"prompt": "x", "max_tokens": 5, "min_tokens": 6}', 1)
+    with pytest.raises(InvalidRequestError, match="min_tokens is 6"):
+        asked.requests(bundled, settings_)
+
+
 def test_nulls_are_fields_left_out_and_notes_are_passed_over() -> None:
     asked = completion("a", prompt="Once", max_tokens=4, temperature=0)
     noted = completion(
@@ -324,7 +342,7 @@ VALUES = st.recursive(
 @given(st.dictionaries(FIELDS, VALUES))
 def test_no_line_ends_the_run(bundled: LLM, value: dict[str, Any]) -> None:
     """Whatever a line holds, it becomes requests or an InvalidRequestError."""
-    settings_ = Settings("m", 0, {}, {"max_tokens": 1}, 1)
+    settings_ = Settings("m", 0, SamplingDefaults(), {"max_tokens": 1}, 1)
     line = read_line(json.dumps(value).encode(), 1)
     try:
         for prompt, params in line.requests(bundled, settings_):
@@ -673,7 +691,7 @@ def run_in_process(llm: LLM, lines: list[dict[str, Any]], window: int, target: P
     llm.step = counted_step  # type: ignore[method-assign]
     try:
         progress = Progress(llm, tally, 0, None, hide=True)
-        batch_settings = Settings("m", 0, {"temperature": 0}, {}, 16)
+        batch_settings = Settings("m", 0, SamplingDefaults({"temperature": 0}), {}, 16)
         Batch(llm, batch_settings, reader, writer, window, tally, progress).run()
     finally:
         llm.step = step  # type: ignore[method-assign]

@@ -51,6 +51,19 @@ class SamplingDefaults:
     fields: dict[str, float | int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def merge(self, given: Mapping[str, Any], *, max_tokens: int | None) -> dict[str, Any]:
+        """SamplingParams fields: those that were given, not checked yet, else the file's.
+
+        max_tokens: where neither says. A smaller one than the file's min_tokens lowers that, which
+        nobody has asked for.
+        """
+        values = {"max_tokens": max_tokens, **self.fields, **given}
+        if "min_tokens" in self.fields and "min_tokens" not in given:
+            limit = values["max_tokens"]
+            if isinstance(limit, int) and 0 < limit < self.fields["min_tokens"]:
+                values["min_tokens"] = limit
+        return values
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no such file."""

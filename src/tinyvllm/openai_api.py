@@ -16,6 +16,7 @@ from typing import Any
 
 from tinyvllm.chat_template import Message, with_one_text
 from tinyvllm.errors import InvalidRequestError
+from tinyvllm.generation_config import SamplingDefaults
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestOutput, best_logprobs
 from tinyvllm.request import ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
@@ -144,12 +145,17 @@ class ApiRequest:
 
 
 def parse_request(
-    endpoint: Any, body: Any, engine: TextEngine, defaults: Mapping[str, Any]
+    endpoint: Any,
+    body: Any,
+    engine: TextEngine,
+    defaults: SamplingDefaults,
+    flags: Mapping[str, Any],
 ) -> ApiRequest:
     """Raises InvalidRequestError (an ApiError where one field is to blame).
 
-    defaults: SamplingParams fields for those that the body leaves out. Without max_tokens among
-    them it is OpenAI's: 16 tokens, or what is left of the context for a chat.
+    flags: SamplingParams fields for those that the body leaves out; defaults: for those that flags
+    leave out, too. Without max_tokens among them it is OpenAI's: 16 tokens, or what is left of the
+    context for a chat.
     """
     if not isinstance(endpoint, str) or endpoint not in _OWN_FIELDS:  # a list has no hash
         raise ApiError(
@@ -172,7 +178,7 @@ def parse_request(
         prompts = [engine.parse(prompt) for prompt in _prompts(fields.get("prompt"))]
         default_max_tokens = _DEFAULT_MAX_TOKENS
     sampling["logprobs"] = _num_logprobs(endpoint, fields)
-    values = {"max_tokens": default_max_tokens, **defaults, **sampling}
+    values = defaults.merge({**flags, **sampling}, max_tokens=default_max_tokens)
     return ApiRequest(endpoint, prompts, sampling_params(values))
 
 

@@ -276,7 +276,8 @@ class TextEngine:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `sampling_params=None` means: the model's own defaults, then SamplingParams'."""
-        return SamplingParams(**self.sampling_defaults().fields)  # type: ignore[arg-type]
+        values = self.sampling_defaults().merge({}, max_tokens=SamplingParams.max_tokens)
+        return SamplingParams(**values)
 
     def sampling_defaults(self) -> generation_config.SamplingDefaults:
         """The SamplingParams fields that the model's generation_config.json sets."""

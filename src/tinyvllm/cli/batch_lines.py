@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from tinyvllm import openai_api
 from tinyvllm.cli.report import logprobs_of
 from tinyvllm.errors import InvalidRequestError
+from tinyvllm.generation_config import SamplingDefaults
 from tinyvllm.openai_api import ApiError, ApiRequest
 from tinyvllm.outputs import RequestOutput
 from tinyvllm.request import ParsedPrompt
@@ -46,8 +47,8 @@ class Settings:
 
     model: str  # the name that responses give
     seed: int  # what lines without a seed get theirs from
-    defaults: Mapping[str, Any]  # SamplingParams fields of the model's generation_config.json
-    flags: Mapping[str, Any]  # the same, of the command line
+    defaults: SamplingDefaults
+    flags: Mapping[str, Any]  # SamplingParams fields of the command line
     max_tokens: int  # of plain lines that do not say
 
 
@@ -128,7 +129,8 @@ class ApiLine(Line):
             value.get("body"),
             engine,
             # As OpenAI counts: 16 tokens of completion, whatever the model's files say.
-            {**_without_max_tokens(settings.defaults), **settings.flags},
+            _without_max_tokens(settings.defaults),
+            settings.flags,
         )
         return [
             (prompt, self._seeded(self._request.params, index, settings))
@@ -199,15 +201,11 @@ class PlainLine(Line):
         else:
             prompt = engine.parse(value["prompt"])
         sampling = {name: value[name] for name in value.keys() - _PLAIN_FIELDS}
-        self._params = openai_api.sampling_params(
-            {
-                "max_tokens": settings.max_tokens,
-                **settings.defaults,
-                **settings.flags,
-                **sampling,
-                "logprobs": value.get("logprobs"),
-            }
+        sampling["logprobs"] = value.get("logprobs")
+        values = settings.defaults.merge(
+            {**settings.flags, **sampling}, max_tokens=settings.max_tokens
         )
+        self._params = openai_api.sampling_params(values)
         return [(prompt, self._seeded(self._params, 0, settings))]
 
     def answer(
@@ -305,5 +303,6 @@ def encode(answer: Mapping[str, Any]) -> bytes:
         return json.dumps(answer).encode() + b"\n"
 
 
-def _without_max_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "max_tokens"}
+def _without_max_tokens(defaults: SamplingDefaults) -> SamplingDefaults:
+    fields = {name: value for name, value in defaults.fields.items() if name != "max_tokens"}
+    return SamplingDefaults(fields, defaults.warnings)

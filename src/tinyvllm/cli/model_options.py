@@ -303,9 +303,8 @@ def sampling_params(
     """
     from tinyvllm.sampling_params import SamplingParams
 
-    values: dict[str, Any] = {"max_tokens": max_tokens}
-    values |= llm.sampling_defaults().fields
-    origins = dict.fromkeys(llm.sampling_defaults().fields, "generation_config")
+    defaults = llm.sampling_defaults()
+    origins = dict.fromkeys(defaults.fields, "generation_config")
     flags = {
         name: options[name]
         for name in (
@@ -332,4 +331,4 @@ def sampling_params(
     if options["logit_bias"]:
         flags["logit_bias"] = dict(options["logit_bias"])
     origins |= dict.fromkeys(flags, "flag")
-    return SamplingParams(**{**values, **flags}), origins
+    return SamplingParams(**defaults.merge(flags, max_tokens=max_tokens)), origins

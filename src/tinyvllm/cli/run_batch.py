@@ -156,7 +156,7 @@ def command(**options: Any) -> int:
         settings = Settings(
             model=options["model"] or "bundled",
             seed=options["seed"],
-            defaults=llm.sampling_defaults().fields,
+            defaults=llm.sampling_defaults(),
             flags={name: value for name, value in flags.items() if value is not None},
             max_tokens=DEFAULT_MAX_TOKENS,
         )
