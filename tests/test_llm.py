@@ -248,6 +248,12 @@ def test_an_argument_of_another_kind_is_named(directory: Path, name: str, value:
         LLM(directory, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens"])
+def test_a_limit_of_0_is_refused(directory: Path, name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} is 0"):
+        LLM(directory, **{name: 0})  # type: ignore[arg-type]
+
+
 def test_what_vllm_has_is_accepted_at_its_neutral_value_only(directory: Path) -> None:
     LLM(directory, tensor_parallel_size=1, trust_remote_code=False).close()
     with pytest.raises(InvalidRequestError, match="tensor_parallel_size is 2"):

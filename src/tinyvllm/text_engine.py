@@ -131,6 +131,8 @@ class TextEngine:
             if value is not None:
                 integer(name, value, 31 if name == "num_threads" else 63)
         number("gpu_memory_utilization", gpu_memory_utilization)
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = max(2048, max_num_seqs)
         self.seed = _random_seed() if seed is None else seed_number(seed)
         self.timings: dict[str, float] = {}  # seconds of each part of loading
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -157,7 +159,7 @@ class TextEngine:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens or max(2048, max_num_seqs),
+            max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             num_blocks=num_gpu_blocks_override,
             kv_cache_memory_bytes=kv_cache_memory_bytes,

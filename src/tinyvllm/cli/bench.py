@@ -442,16 +442,17 @@ def _opened(
             )
         if load_format == "dummy":
             _announce_dummy(directory, quiet)
+        max_model_len = options["max_model_len"]
         if longest is not None:
             config = _core.parse_model_config(directory / "config.json")
             own = config["max_position_embeddings"]
-            _require_room(longest, min(own, options["max_model_len"] or own))
+            _require_room(longest, own if max_model_len is None else min(own, max_model_len))
         arguments = {
             **options,
             "model": str(directory),
             "revision": None,
             # A pool for what is asked, not for the longest context that the model knows.
-            "max_model_len": options["max_model_len"] or longest,
+            "max_model_len": longest if max_model_len is None else max_model_len,
         }
         llm = stack.enter_context(
             open_llm(
