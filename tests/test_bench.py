@@ -441,11 +441,19 @@ def test_weights_that_do_not_fit_on_the_disk_are_refused_with_the_numbers(
     assert "need 16.1 GB, 1.0 GB are free. Set TMPDIR" in str(result.exception)
 
 
+def test_the_size_of_the_kv_cache_is_what_was_asked_for() -> None:
+    arguments = ["latency", "-p", "20", "-n", "2", "--kv-cache-memory-bytes", "1"]
+    result = quick(*arguments)
+    assert result.returncode == 4
+    assert b"kv_cache_memory_bytes" in result.stderr
+
+
 def test_what_is_longer_than_the_model_is_refused_before_it_is_loaded() -> None:
     for arguments in (
         ["latency", "-p", "2000", "-n", "49"],
         ["throughput", "-p", "2000", "-n", "49"],
         ["throughput", "-p", "20", "-n", "49", "--max-model-len", "60"],
+        ["throughput", "-p", "20", "-n", "49", "--max-model-len", "0"],
     ):
         result = quick(*arguments)
         assert result.returncode == 2

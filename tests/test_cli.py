@@ -126,6 +126,12 @@ def test_a_models_min_tokens_forbids_no_short_output(model: str, tmp_path: Path)
     assert_error(generate(model, *arguments, "--min-tokens", "30"), 2, "min_tokens is 30")
 
 
+def test_the_size_of_the_kv_cache_is_what_was_asked_for(model: str) -> None:
+    arguments = ["-p", "Hello", "-n", "4", "--json", "--kv-cache-memory-bytes"]
+    stats = [json.loads(generate(model, *arguments, size).stdout)["stats"] for size in ("1M", "2M")]
+    assert stats[1]["kv_cache_tokens"] == 2 * stats[0]["kv_cache_tokens"]
+
+
 def test_jsonl_has_a_line_for_each_prompt(model: str) -> None:
     result = generate(model, "-p", "one", "--prompt-ids", "5,6,7", "-n", "3", "--jsonl")
     first, second = (json.loads(line) for line in result.stdout.splitlines())
@@ -224,6 +230,9 @@ def test_a_terminal_without_a_prompt_is_a_usage_error(model: str) -> None:
         (["-p", "x", "-n", "1.5k!"], b"", ("1.5k!",)),
         (["-p", "x", "-n", "9" * 20], b"", ("9" * 20, "too large")),
         (["-p", "x", "-m", ""], b"", ("--model", "empty")),
+        (["-p", "x", "--kv-cache-memory-bytes", "0"], b"", ("kv_cache_memory_bytes is 0",)),
+        (["-p", "x", "--kv-cache-memory-bytes", "x"], b"", ("whole number",)),
+        (["-p", "x", "--gpu-memory-utilization", "1.5"], b"", ("gpu_memory_utilization is 1.5",)),
         (["-p", "x", "--max-model-len", "1G"], b"", ("1073741824", "4096")),
         (["-p", "x", "--no-such-option"], b"", ("--no-such-option",)),
         (["-p", "x", "--generation-config", "/no/file"], b"", ("/no/file",)),

@@ -76,6 +76,7 @@ Examples:
 @engine_options(
     section="Memory plan",
     batch=True,
+    kv_cache=False,
     max_model_len="A sequence of so many tokens must fit.  [default: as many as memory holds]",
 )
 @option("--tensors", "show_tensors", section="Output", is_flag=True, help="List every tensor.")

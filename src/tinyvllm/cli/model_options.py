@@ -196,11 +196,13 @@ def engine_options(
     *,
     section: str = "Engine",
     batch: bool = False,
+    kv_cache: bool = True,
     max_model_len: str = "Tokens of prompt and output together.  [default: the model's, as far as "
     "memory holds]",
 ) -> Callable[[_Function], _Function]:
     """batch: for who runs many sequences, how many and in what steps.
 
+    kv_cache: for who allocates it, how much.
     max_model_len: what that is, in words.
     """
     options = [
@@ -233,6 +235,26 @@ def engine_options(
             "and many sequences.",
         ),
     ]
+    if kv_cache:
+        options += [
+            option(
+                "--kv-cache-memory-bytes",
+                section=section,
+                type=Count(),
+                metavar="SIZE",
+                help="Memory of the KV cache, such as 8G.  [default: what sequences of full "
+                "length need, as far as there is room]",
+            ),
+            option(
+                "--gpu-memory-utilization",
+                section=section,
+                type=float,
+                metavar="X",
+                default=0.9,
+                show_default=True,
+                help="Share of a GPU's memory for weights, KV cache and all else.",
+            ),
+        ]
     if batch:
         options += [
             option(
@@ -276,6 +298,8 @@ def open_llm(options: dict[str, Any], **arguments: Any) -> Iterator[LLM]:
         num_threads=options["threads"],
         max_model_len=options["max_model_len"],
         repack_weights=options["repack_weights"],
+        kv_cache_memory_bytes=options["kv_cache_memory_bytes"],
+        gpu_memory_utilization=options["gpu_memory_utilization"],
         quiet=options["quiet"],
         **arguments,
     ) as llm:
