@@ -18,6 +18,7 @@ import pytest
 from cli_process import COMMAND, imported_by
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
+from tinyvllm.cli.terminal import read_file
 
 Result = subprocess.CompletedProcess[bytes]
 
@@ -146,6 +147,17 @@ def test_stats_go_to_stderr_and_name_the_seed(model: str) -> None:
     assert result.stdout == generate(model, "-p", "Hello", "-n", "4").stdout
 
 
+def test_stats_show_the_tokens_of_the_prompts_and_how_many_were_computed(model: str) -> None:
+    ids = ",".join(["5"] * 600)  # more than a step has: when the second begins, much of it is there
+    arguments = ["--prompt-ids", ids, "-n", "2", "--stats"]
+    once = generate(model, *arguments).stderr.decode()
+    assert "prompt: 600 tokens; first token" in once
+    twice = generate(model, *arguments, "--prompt-ids", ids).stderr.decode()
+    computed = re.search(r"prompt: 1200 tokens, (\d+) computed; first token", twice)
+    assert computed is not None
+    assert 600 < int(computed[1]) < 1200
+
+
 def test_stats_show_what_starting_up_took(model: str) -> None:
     stats = generate(model, "--prompt-ids", "5,6", "-n", "1", "--stats").stderr.decode()
     (line,) = (line for line in stats.splitlines() if line.startswith("tinyvllm: start: "))
@@ -175,6 +187,19 @@ def test_stop_ends_before_the_text(model: str) -> None:
     assert kept.decode() == (whole[: whole.index(stop)] + stop).removesuffix("\n") + "\n"
 
 
+def test_a_terminal_is_shown_control_characters_and_a_pipe_gets_them(model: str) -> None:
+    with LLM(model) as llm:
+        [escape] = llm.get_tokenizer().encode("\x1b", add_special_tokens=False)
+    arguments = ["-p", "x", "-n", "3", "--logit-bias", f"{escape}=100"]
+    assert generate(model, *arguments).stdout == b"\x1b\x1b\x1b\n"
+    ours, theirs = pty.openpty()
+    subprocess.run([*COMMAND, "generate", "-m", model, *arguments], stdout=theirs, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert shown == "\u241b\u241b\u241b\r\n"
+
+
 # --- Where prompts come from ------------------------------------------------------------------
 
 
@@ -182,6 +207,25 @@ def test_stop_ends_before_the_text(model: str) -> None:
 def test_stdin_is_a_prompt_without_its_last_line_end(model: str, arguments: list[str]) -> None:
     piped = generate(model, *arguments, "-n", "8", stdin=b"Hello\n")
     assert piped.stdout == generate(model, "-p", "Hello", "-n", "8").stdout != b""
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a\n", "a"),
+        (b"a\n\n", "a\n"),
+        (b"a\r\n\r\n", "a\r\n"),
+        (b"a\r", "a\r"),
+        (b"\xef\xbb\xbfa\r\n", "a"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf", "\ufeff"),
+    ],
+)
+def test_a_file_is_read_without_its_byte_order_mark_and_its_last_line_end(
+    tmp_path: Path, data: bytes, text: str
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(data)
+    assert read_file(str(file)) == text
 
 
 def test_stdin_is_left_alone_when_a_prompt_is_given(model: str) -> None:
@@ -216,6 +260,7 @@ def test_a_terminal_without_a_prompt_is_a_usage_error(model: str) -> None:
     ("arguments", "stdin", "parts"),
     [
         ([], b"ab\xffcd", ("standard input", "byte 2", "0xff")),
+        ([], b"\xef\xbb\xbfab\xff", ("standard input", "byte 5", "0xff")),
         (["-f", "/no/such/file"], b"", ("/no/such/file",)),
         (["--prompt-ids", "1,x"], b"", ("1,x",)),
         (["--prompt-ids", "1,99999"], b"", ("99999", "0 to ")),

@@ -138,7 +138,6 @@ class _Chat:
         self._conversation = conversation
         self._output = output
         self._interrupts = interrupts
-        self._is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._file: Path | None = None  # which the conversation was last saved to or loaded from
         self._turn: _Turn | None = None
         self._totals = _Totals()
@@ -246,7 +245,7 @@ class _Chat:
         request = self._llm.add(ParsedPrompt(None, ids), self._sampling, incremental=True)
         result = request.new_output()
         # A file gets the text as it is, a terminal what it may have.
-        wrap = WordWrap(shutil.get_terminal_size().columns) if self._is_terminal else None
+        wrap = WordWrap(shutil.get_terminal_size().columns) if self._output.is_terminal else None
         try:
             while not request.finished:
                 self._llm.step()

@@ -118,7 +118,8 @@ Examples:
 def command(**options: Any) -> None:
     """Continue prompts, or answer them through the model's chat template.
 
-    The text goes to stdout, everything else to stderr. Without --prompt, --prompt-file or
+    The text goes to stdout, everything else to stderr; a terminal is shown control characters and
+    does not obey them. Without --prompt, --prompt-file or
     --prompt-ids the prompt is read from stdin; one line end at the end of a file or of stdin is no
     part of it. Numbers of tokens may be written 2k (2,000) or 2K (2,048).
     """

@@ -12,7 +12,7 @@ from tinyvllm.cli.terminal import Output, hold_signals
 from tinyvllm.llm import LLM
 from tinyvllm.outputs import CompletionOutput, Logprob, RequestDelta, best_logprobs
 from tinyvllm.sampling_params import SamplingParams
-from tinyvllm.stderr import tell
+from tinyvllm.stderr import printable, tell
 
 SCHEMA = 1  # of --json and --jsonl; it changes when a key changes its meaning
 
@@ -128,7 +128,9 @@ class Report:
             answer = self._answers[self._first_open]
             finished = answer.output.finish_reason is not None
             if self._stream or finished:
-                self._stdout.write(answer.output.text[answer.printed :])
+                text = answer.output.text[answer.printed :]
+                # A file gets the text as it is, a terminal what it may have.
+                self._stdout.write(printable(text) if self._stdout.is_terminal else text)
                 answer.printed = len(answer.output.text)
             if not finished:
                 return
@@ -139,7 +141,7 @@ class Report:
         self._stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def _document(self) -> dict[str, Any]:
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
+        prompt_tokens = self._num_prompt_tokens()
         output_tokens = self._num_output_tokens()
         return {
             "schema": SCHEMA,
@@ -198,8 +200,11 @@ class Report:
             f"sampling: {sampling or 'defaults'}; seed {self._llm.seed}",
         ]
         if times["first_token_seconds"] is not None:
+            given, computed = self._num_prompt_tokens(), info["prompt_tokens"]
             lines.append(
-                f"prompt: {info['prompt_tokens']} tokens; first token after "
+                f"prompt: {given} tokens"
+                + (f", {computed} computed" if computed != given else "")
+                + "; first token after "
                 f"{times['first_token_seconds']:.3f} s"
                 + (
                     f", {times['process_start_to_first_token_seconds']:.2f} s after process start"
@@ -225,6 +230,9 @@ class Report:
             "process_start_to_first_token_seconds": self._first_token_age,
             "output_tokens_per_second": rate,
         }
+
+    def _num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self._prompts)
 
     def _num_output_tokens(self) -> int:
         return sum(len(answer.output.token_ids) for answer in self._answers)

@@ -95,9 +95,10 @@ def read_file(path: str) -> str:
 
 
 def _decode(data: bytes, origin: str) -> str:
-    """Text without its last line end, as a shell's $(...) has it."""
+    """Text without the mark before it that some editors write, and without its last line end."""
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        text = data.decode("utf-8").removeprefix("\ufeff")
+        return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
             f"{origin}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8. "
@@ -112,6 +113,7 @@ class Output:
         if sys.stdout is None:
             raise OSError("standard output is closed")
         self._stream = sys.stdout.buffer
+        self.is_terminal = sys.stdout.isatty()
         self._at_line_start = True
 
     def write(self, text: str) -> None:
