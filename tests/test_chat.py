@@ -22,11 +22,13 @@ import pytest
 import cli_process
 from families import FAMILIES
 from tinyvllm import LLM, SamplingParams
+from tinyvllm.cli import chat as chat_command
 from tinyvllm.cli.conversation import Conversation
-from tinyvllm.cli.terminal import Stopped
+from tinyvllm.cli.terminal import Interrupts, Output, Stopped
 from tinyvllm.cli.word_wrap import WordWrap
-from tinyvllm.errors import InvalidRequestError
+from tinyvllm.errors import CapacityError, InvalidRequestError
 from tinyvllm.llm import BUNDLED_MODEL
+from tinyvllm.request import ActiveRequest
 from tinyvllm.stderr import printable
 
 COMMAND = [*cli_process.COMMAND, "chat"]
@@ -274,11 +276,9 @@ def test_lists_that_lie_deep_in_each_other_are_refused_or_can_be_saved(
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/talk.json", "a\0b"])
 def test_a_file_name_that_cannot_be_is_no_end_of_the_conversation(llm: LLM, name: str) -> None:
-    from tinyvllm.cli import chat
-
     conversation = Conversation(llm.get_tokenizer())
     with pytest.raises(InvalidRequestError, match="cannot"):
-        conversation.save(chat._path(name))
+        conversation.save(chat_command._path(name))
 
 
 def test_a_system_prompt_that_is_no_text_is_refused(llm: LLM) -> None:
@@ -476,6 +476,30 @@ def test_save_and_load_go_on_where_it_was(
     chat.expect("/load needs the name of a file")
     chat.line(f"/load {tmp_path / 'none.json'}")
     chat.expect("none.json: no such file")
+
+
+def test_an_error_of_the_engine_ends_the_turn_and_not_the_conversation(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter([FOX, OWL, FOX, "/exit"])
+    errors: Iterator[Exception | None] = iter([None] * 10 + [CapacityError("no memory")])
+    step = llm.step
+
+    def failing_step() -> list[ActiveRequest]:
+        if (error := next(errors, None)) is not None:
+            raise error
+        return step()
+
+    monkeypatch.setattr(chat_command, "_line_editor", lambda _: None)
+    monkeypatch.setattr(chat_command, "_read_line", lambda _: next(lines))
+    monkeypatch.setattr(llm, "step", failing_step)
+    conversation = Conversation(llm.get_tokenizer())
+    params = SamplingParams(temperature=0, max_tokens=8)
+    chat_command._Chat(llm, params, conversation, Output(), Interrupts()).run()
+    assert "no memory" in capsys.readouterr().err
+    asked = [message["content"] for message in conversation.messages[::2]]
+    assert asked == [FOX, FOX]  # and the question in between is taken back
+    assert llm.stats()["num_requests_running"] == 0
 
 
 def test_system_help_and_what_is_no_command(terminal: Callable[..., Terminal]) -> None:

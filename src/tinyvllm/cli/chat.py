@@ -31,7 +31,7 @@ from tinyvllm.cli.terminal import (
     Stopped,
     catch_interrupts,
 )
-from tinyvllm.errors import InvalidRequestError
+from tinyvllm.errors import InvalidRequestError, TinyvllmError
 from tinyvllm.stderr import printable, tell
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class _Chat:
             self._interrupts.seen = False
             try:
                 self._take(line)
-            except InvalidRequestError as error:
+            except TinyvllmError as error:
                 _say(str(error))
             interrupted = self._interrupts.seen
             _say("")  # between what was said and the next line
