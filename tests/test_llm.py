@@ -320,6 +320,20 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
     assert llm.stats()["num_requests_waiting"] == 0
 
 
+@pytest.mark.parametrize("token", [1 << 31, 3_000_000_000, -(1 << 31) - 1])
+def test_a_token_id_that_no_model_has_is_told_the_range(llm: LLM, token: int) -> None:
+    with pytest.raises(InvalidRequestError, match=r"token ids: whole numbers from 0 to 2\^31 - 1"):
+        llm.generate([[token]])
+
+
+@pytest.mark.parametrize(("name", "bits"), [("max_tokens", 64), ("top_k", 32)])
+def test_a_number_that_fits_no_type_is_told_the_bits(name: str, bits: int) -> None:
+    limit = 1 << (bits - 1)
+    SamplingParams(**{name: limit - 1})
+    with pytest.raises(InvalidRequestError, match=f"{name} is {limit}; .* fit in {bits} bits"):
+        SamplingParams(**{name: limit})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -442,7 +456,8 @@ def test_a_models_min_tokens_forbids_no_short_output(directory: Path, tmp_path: 
 
 @pytest.mark.parametrize("values", ['{"top_p": 1.5}', '{"do_sample": true, "top_k": 2.5}'])
 def test_a_generation_config_out_of_range_is_named(tmp_path: Path, values: str) -> None:
-    from tinyvllm.generation_config import read_json, sampling_defaults
+    from tinyvllm.generation_config import sampling_defaults
+    from tinyvllm.model_files import read_json
 
     path = tmp_path / "generation_config.json"
     path.write_text(values)
@@ -451,7 +466,7 @@ def test_a_generation_config_out_of_range_is_named(tmp_path: Path, values: str) 
 
 
 def test_a_pipe_in_the_place_of_a_json_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    from tinyvllm.generation_config import read_json
+    from tinyvllm.model_files import read_json
 
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"config\.json: is not a file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -422,9 +423,18 @@ def test_a_damaged_file_is_an_error_with_its_name(tmp_path, name, content):
 
 
 def test_a_huge_file_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyvllm.tokenizer._MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("tinyvllm.model_files.MAX_FILE_BYTES", 1000)
     write(tmp_path, llama3(), {})
     with pytest.raises(CheckpointError, match="more than 1000 bytes"):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_without_waiting(tmp_path, name):
+    write(tmp_path, llama3(), {})
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: is not a file"):
         Tokenizer.from_dir(tmp_path)
 
 

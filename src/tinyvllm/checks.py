@@ -18,9 +18,10 @@ def _whole(name: str, value: Any) -> int:
 
 
 def integer(name: str, value: Any, bits: int) -> int:
+    """bits: of the C++ type, its sign among them."""
     whole = _whole(name, value)
-    if not -(1 << bits) <= whole < 1 << bits:
-        raise InvalidRequestError(f"{name} is {whole}; it does not fit in {bits + 1} bits.")
+    if not -(1 << (bits - 1)) <= whole < 1 << (bits - 1):
+        raise InvalidRequestError(f"{name} is {whole}; it does not fit in {bits} bits.")
     return whole
 
 

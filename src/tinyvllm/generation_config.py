@@ -6,10 +6,8 @@ decoding is greedy; with it, top_k is 50 unless the file says otherwise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tinyvllm.errors import CheckpointError, InvalidRequestError
@@ -63,21 +61,6 @@ class SamplingDefaults:
             if isinstance(limit, int) and 0 < limit < self.fields["min_tokens"]:
                 values["min_tokens"] = limit
         return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{path}: is not a file. Give a regular file.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}. Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def sampling_defaults(config: Mapping[str, Any], origin: str = FILE) -> SamplingDefaults:

@@ -68,26 +68,26 @@ class SamplingParams:
     def core(self) -> _core.SamplingParams:
         """The part that the C++ engine needs; it checks the ranges."""
         return _core.SamplingParams(
-            n=integer("n", self.n, 31),
+            n=integer("n", self.n, 32),
             temperature=number("temperature", self.temperature),
             top_p=number("top_p", self.top_p),
-            top_k=integer("top_k", self.top_k, 31),
+            top_k=integer("top_k", self.top_k, 32),
             min_p=number("min_p", self.min_p),
             repetition_penalty=number("repetition_penalty", self.repetition_penalty),
             presence_penalty=number("presence_penalty", self.presence_penalty),
             frequency_penalty=number("frequency_penalty", self.frequency_penalty),
             seed=None if self.seed is None else seed_number(self.seed),
-            stop_token_ids=[integer("a stop_token_id", i, 31) for i in self.stop_token_ids or ()],
+            stop_token_ids=[integer("a stop_token_id", i, 32) for i in self.stop_token_ids or ()],
             ignore_eos=self.ignore_eos,
             max_tokens=None
             if self.max_tokens is None
-            else integer("max_tokens", self.max_tokens, 63),
-            min_tokens=integer("min_tokens", self.min_tokens, 63),
+            else integer("max_tokens", self.max_tokens, 64),
+            min_tokens=integer("min_tokens", self.min_tokens, 64),
             logprobs=_optional("logprobs", self.logprobs),
             prompt_logprobs=_optional("prompt_logprobs", self.prompt_logprobs),
             logit_bias=[
                 (
-                    integer("a token id of logit_bias", int(token), 31),
+                    integer("a token id of logit_bias", int(token), 32),
                     number("a logit_bias", bias),
                 )
                 for token, bias in (self.logit_bias or {}).items()
@@ -96,7 +96,7 @@ class SamplingParams:
 
 
 def _optional(name: str, value: Any) -> int | None:
-    return None if value is None else integer(name, value, 31)
+    return None if value is None else integer(name, value, 32)
 
 
 def _check_stop(stop: Sequence[str]) -> None:

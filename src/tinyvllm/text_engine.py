@@ -17,6 +17,7 @@ from tinyvllm import _core, generation_config
 from tinyvllm.chat_template import Message
 from tinyvllm.checks import integer, number, seed_number
 from tinyvllm.errors import InvalidRequestError
+from tinyvllm.model_files import read_json
 from tinyvllm.model_lookup import find_model
 from tinyvllm.request import ActiveRequest, ParsedPrompt
 from tinyvllm.sampling_params import SamplingParams
@@ -129,7 +130,7 @@ class TextEngine:
         }
         for name, value in whole_numbers.items():
             if value is not None:
-                integer(name, value, 31 if name == "num_threads" else 63)
+                integer(name, value, 32 if name == "num_threads" else 64)
         number("gpu_memory_utilization", gpu_memory_utilization)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(2048, max_num_seqs)
@@ -312,13 +313,13 @@ class TextEngine:
         from tinyvllm import dummy  # brings numpy, which nothing else here needs
 
         self._temporary = tempfile.TemporaryDirectory(prefix="tinyvllm-dummy-")
-        config = generation_config.read_json(source / "config.json")
+        config = read_json(source / "config.json")
         return dummy.write_checkpoint(Path(self._temporary.name), config, seed=seed & 0xFFFFFFFF)
 
     def _eos_token_ids(self) -> list[int]:
         return generation_config.eos_token_ids(
-            generation_config.read_json(self.directory / generation_config.FILE),
-            generation_config.read_json(self.directory / "config.json"),
+            read_json(self.directory / generation_config.FILE),
+            read_json(self.directory / "config.json"),
             self._loader.eos_token_id(),
         )
 
@@ -360,7 +361,7 @@ def _sampling_defaults(directory: Path, choice: str) -> generation_config.Sampli
             raise InvalidRequestError(
                 f"generation_config is {choice!r}: no such file. Give auto, none or a path."
             )
-    return generation_config.sampling_defaults(generation_config.read_json(path), str(path))
+    return generation_config.sampling_defaults(read_json(path), str(path))
 
 
 def _token_ids(values: Any) -> list[int]:
@@ -374,5 +375,6 @@ def _token_ids(values: Any) -> list[int]:
     except TypeError:
         pass
     raise InvalidRequestError(
-        f"a prompt is {values!r:.60}; give a text or a list of token ids (whole numbers)."
+        f"a prompt is {values!r:.60}; give a text, or a list of token ids: whole numbers from 0 to "
+        "2^31 - 1."
     )

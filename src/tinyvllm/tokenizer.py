@@ -23,11 +23,11 @@ from tinyvllm.errors import (
     TinyvllmError,
     UnsupportedModelError,
 )
+from tinyvllm.model_files import MAX_FILE_BYTES, read_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers
 
-_MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json in use has about 35 MB
 _METASPACE = "\u2581"  # SentencePiece writes a space as this character
 
 # Byte-level vocabularies write these bytes as themselves, the others as U+0100, U+0101, ...
@@ -69,12 +69,12 @@ class Tokenizer:
     def from_dir(cls, directory: Path) -> Tokenizer:
         """Reads the files, each once. A flaw in one is a CheckpointError with its name."""
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        text = _read(path)
+        text = read_text(path)
         if text is None:
             raise CheckpointError(_missing(directory))
-        config = _read_object(config_path)
+        config = read_json(config_path)
         if "added_tokens_decoder" not in config:  # written by a Transformers before 4.34
-            config |= _read_object(directory / "special_tokens_map.json")
+            config |= read_json(directory / "special_tokens_map.json")
         if _is_llama_tokenizer(directory, text, config):
             text = _with_llama_spaces(path, text, config)
             config = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | config
@@ -226,7 +226,7 @@ class TokenizerLoader:
     def eos_token_id(self) -> int | None:
         """The tokenizer's; without loading it where tokenizer.json lists the token as added."""
         if self._tokenizer is None:
-            declared = _read_object(self._directory / "tokenizer_config.json").get("eos_token")
+            declared = read_json(self._directory / "tokenizer_config.json").get("eos_token")
             name = declared.get("content") if isinstance(declared, dict) else declared
             path = self._directory / "tokenizer.json"
             for entry in _added_tokens(path) if isinstance(name, str) else ():
@@ -255,27 +255,6 @@ def _flaws_in(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path) -> str | None:
-    """The text of a file, or None if there is none."""
-    if not path.is_file():
-        return None
-    with _flaws_in(path), path.open("rb") as file:
-        data = file.read(_MAX_FILE_BYTES + 1)
-        if len(data) > _MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
-        return data.decode()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} if there is no file."""
-    text = _read(path)
-    with _flaws_in(path):
-        value = {} if text is None else json.loads(text)
-        if not isinstance(value, dict):
-            raise TypeError(f"it holds a {type(value).__name__}, not an object")
-        return value
-
-
 def _added_tokens(path: Path) -> list[dict[str, Any]]:
     """The added tokens of a tokenizer.json, [] if not found; of the rest, which may take longer to
     read than a small model, nothing behind them."""
@@ -283,7 +262,7 @@ def _added_tokens(path: Path) -> list[dict[str, Any]]:
         return []
     data = b""
     with _flaws_in(path), path.open("rb") as file:
-        while len(data) <= _MAX_FILE_BYTES and (more := file.read(max(len(data), 1 << 20))):
+        while len(data) <= MAX_FILE_BYTES and (more := file.read(max(len(data), 1 << 20))):
             data += more
             if match := re.search(rb'"added_tokens"\s*:\s*(?=\[)', data):
                 text = data[match.end() :].decode(errors="ignore")  # it may end within a character
@@ -320,7 +299,7 @@ def _is_llama_tokenizer(directory: Path, text: str, config: Mapping[str, Any]) -
         return False
     if '"ByteLevel"' in text:  # a Llama 3 tokenizer with the wrong class
         return False
-    return _read_object(directory / "config.json").get("model_type") not in ("mistral", "qwen2")
+    return read_json(directory / "config.json").get("model_type") not in ("mistral", "qwen2")
 
 
 def _with_llama_spaces(path: Path, text: str, config: Mapping[str, Any]) -> str:
@@ -396,7 +375,7 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Cha
     """The templates by name. One .jinja file puts all of tokenizer_config.json's out of force."""
     paths = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
     paths["default"] = directory / "chat_template.jinja"
-    files = {name: (_read(path), str(path)) for name, path in paths.items()}
+    files = {name: (read_text(path), str(path)) for name, path in paths.items()}
     templates = {
         name: ChatTemplate(text, origin)
         for name, (text, origin) in files.items()

@@ -480,7 +480,7 @@ def _announce_dummy(directory: Path, quiet: bool) -> None:
 
     from tinyvllm.cli.report import note
     from tinyvllm.dummy import checkpoint_bytes
-    from tinyvllm.generation_config import read_json
+    from tinyvllm.model_files import read_json
 
     size = checkpoint_bytes(read_json(directory / "config.json"))
     place = tempfile.gettempdir()

@@ -33,6 +33,7 @@ from tinyvllm.memory_plan import (
     make_plan,
     used_tensors,
 )
+from tinyvllm.model_files import read_json
 from tinyvllm.stderr import printable
 
 if TYPE_CHECKING:
@@ -285,8 +286,8 @@ def _eos_token_ids(directory: Path | None, tokenizer: Tokenizer | None) -> list[
     if directory is None:
         return []
     return generation_config.eos_token_ids(
-        generation_config.read_json(directory / generation_config.FILE),
-        generation_config.read_json(directory / "config.json"),
+        read_json(directory / generation_config.FILE),
+        read_json(directory / "config.json"),
         None if tokenizer is None else tokenizer.eos_token_id,
     )
 
@@ -301,7 +302,7 @@ def _sampling(directory: Path | None) -> tuple[dict[str, dict[str, Any]], list[s
     if directory is None:
         return sampling, []
     path = directory / generation_config.FILE
-    values = generation_config.read_json(path)
+    values = read_json(path)
     defaults = generation_config.sampling_defaults(values, str(path))
     written = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
     for name, value in defaults.fields.items():
