@@ -320,6 +320,18 @@ def test_one_bad_prompt_queues_none(llm: LLM) -> None:
     assert llm.stats()["num_requests_waiting"] == 0
 
 
+def test_of_several_prompts_the_bad_one_is_named(llm: LLM) -> None:
+    for bad in ([10**6], {"prompt": 5}, "\ud800"):
+        prompts: Any = ["one", bad, "three"]
+        for call in (llm.generate, lambda p: list(llm.stream(p))):
+            with pytest.raises(InvalidRequestError, match=r"^prompt 2 of 3: "):
+                call(prompts)
+    with pytest.raises(InvalidRequestError, match=r"^(?!prompt)"):
+        llm.generate([[10**6]])
+    with LLM() as chat_model, pytest.raises(InvalidRequestError, match=r"^prompt 2 of 2: "):
+        chat_model.chat([[{"role": "user", "content": "Hi"}], [{"role": "pirate"}]])
+
+
 @pytest.mark.parametrize("token", [1 << 31, 3_000_000_000, -(1 << 31) - 1])
 def test_a_token_id_that_no_model_has_is_told_the_range(llm: LLM, token: int) -> None:
     with pytest.raises(InvalidRequestError, match=r"token ids: whole numbers from 0 to 2\^31 - 1"):

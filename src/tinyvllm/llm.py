@@ -5,9 +5,11 @@ from __future__ import annotations
 import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinyvllm.chat_template import Message
 from tinyvllm.errors import InvalidRequestError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 __all__ = ["BUNDLED_MODEL", "LLM", "Prompt"]
+
+_T = TypeVar("_T")
 
 
 class LLM(TextEngine):
@@ -37,7 +41,7 @@ class LLM(TextEngine):
         sampling_params: one for all or one a prompt; None: the model's own defaults.
         use_tqdm: whether to show progress on stderr, or what makes the bar in tqdm's place.
         """
-        parsed = [self.parse(prompt) for prompt in _as_list(prompts)]
+        parsed = _parse_each(_as_list(prompts), self.parse)
         return self._complete(parsed, sampling_params, use_tqdm)
 
     def chat(
@@ -54,16 +58,14 @@ class LLM(TextEngine):
         """Answers a conversation, or each of a list of them, through the model's chat template."""
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        parsed = [
-            self.parse_chat(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
+        parse = partial(
+            self.parse_chat,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        parsed = _parse_each(conversations, parse)
         return self._complete(parsed, sampling_params, use_tqdm)
 
     def stream(
@@ -72,7 +74,7 @@ class LLM(TextEngine):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestDelta]:
         """Yields what each step adds. Closing the iterator aborts what is unfinished."""
-        parsed = [self.parse(prompt) for prompt in _as_list(prompts)]
+        parsed = _parse_each(_as_list(prompts), self.parse)
         requests = self._add(parsed, sampling_params, incremental=True)
         for deltas in self._run(requests):
             yield from deltas  # while one is out, somebody else may step the engine
@@ -119,9 +121,10 @@ class LLM(TextEngine):
         requests: list[ActiveRequest] = []
         try:
             for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-                requests.append(
-                    self.add(prompt, params, prompt_index=index, incremental=incremental)
-                )
+                with _one_of(index, len(prompts)):
+                    requests.append(
+                        self.add(prompt, params, prompt_index=index, incremental=incremental)
+                    )
         except BaseException:
             for request in requests:
                 self.abort(request)
@@ -189,6 +192,25 @@ class _Progress:
             f"est. speed input: {self._num_prompt_tokens / elapsed:.2f} toks/s, "
             f"output: {self._num_output_tokens / elapsed:.2f} toks/s"
         )
+
+
+def _parse_each(prompts: Sequence[_T], parse: Callable[[_T], ParsedPrompt]) -> list[ParsedPrompt]:
+    parsed = []
+    for index, prompt in enumerate(prompts):
+        with _one_of(index, len(prompts)):
+            parsed.append(parse(prompt))
+    return parsed
+
+
+@contextmanager
+def _one_of(index: int, count: int) -> Iterator[None]:
+    """What is wrong with one of several prompts says with which."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if count == 1:
+            raise
+        raise type(error)(f"prompt {index + 1} of {count}: {error}") from error
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
