@@ -21,6 +21,7 @@ import pytest
 from families import FAMILIES
 from tinyvllm import LLM, AsyncEngine, RequestOutput, SamplingParams
 from tinyvllm.errors import CheckpointError, InvalidRequestError, TinyvllmError
+from tinyvllm.request import ParsedPrompt
 
 FOREVER = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 
@@ -138,6 +139,26 @@ def test_a_stop_string_ends_the_stream(engine: AsyncEngine) -> None:
     output = run(last(engine.generate("Hello", params))).outputs[0]
     assert output.text == whole[: whole.index(params.stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", params.stop)
+
+
+def test_a_prompt_that_takes_long_to_parse_stops_no_other_task(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_task_ran = threading.Event()
+    parse = engine._engine.parse
+
+    def slow_parse(prompt: str) -> ParsedPrompt:
+        assert other_task_ran.wait(10)
+        return parse(prompt)
+
+    async def both() -> None:
+        reader = asyncio.create_task(last(engine.generate("Hello", SamplingParams(max_tokens=2))))
+        await asyncio.sleep(0.01)
+        other_task_ran.set()
+        await reader
+
+    monkeypatch.setattr(engine._engine, "parse", slow_parse)
+    run(both())
 
 
 def test_a_slow_reader_delays_nobody_and_its_steps_are_merged(engine: AsyncEngine) -> None:

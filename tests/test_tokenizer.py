@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -547,3 +549,20 @@ def test_eos_that_is_not_found_is_the_tokenizers_to_say(tmp_path: Path, text: st
 def test_added_tokens_that_lie_too_deep_are_a_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: RecursionError"):
         _loader(tmp_path, '{"added_tokens": ' + "[" * 100_000).eos_token_id()
+
+
+def test_threads_that_need_the_tokenizer_at_once_load_it_once(tmp_path: Path, monkeypatch) -> None:
+    loads: list[Path] = []
+    load = Tokenizer.from_dir
+
+    def slow_load(directory: Path) -> Tokenizer:
+        loads.append(directory)
+        time.sleep(0.1)
+        return load(directory)
+
+    monkeypatch.setattr(Tokenizer, "from_dir", slow_load)
+    loader = TokenizerLoader(write(tmp_path, llama3(), LLAMA3))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: loader.result(), range(4)))
+    assert len(loads) == 1
+    assert len(set(map(id, found))) == 1

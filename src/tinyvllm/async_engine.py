@@ -59,7 +59,10 @@ class AsyncEngine:
         A prompt or an option that cannot be served raises in place of the first output, with
         nothing queued.
         """
-        parsed = prompt if isinstance(prompt, ParsedPrompt) else self._engine.parse(prompt)
+        if isinstance(prompt, ParsedPrompt):
+            parsed = prompt
+        else:  # a long text takes a while, in which other tasks go on
+            parsed = await asyncio.to_thread(self._engine.parse, prompt)
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         if request_id is None:
             names = (f"request-{number}" for number in self._numbers)

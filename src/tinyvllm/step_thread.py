@@ -1,8 +1,9 @@
 """StepThread: the one thread that touches a TextEngine, for callers that must not wait for a step.
 
-A step holds the engine for as long as a forward pass takes. So nobody else calls the engine: what
-others want of it goes through an inbox, which this thread empties between two steps. With nothing
-to do it sleeps in the inbox, and a call wakes it.
+A step holds the engine for as long as a forward pass takes. So nobody else calls the engine, but
+for what TextEngine lets any thread call, such as `parse`: what others want of it goes through an
+inbox, which this thread empties between two steps. With nothing to do it sleeps in the inbox, and a
+call wakes it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ _NEUTRAL = {
 
 
 class TextEngine:
-    """A loaded model. `close()` gives its memory back. For one thread at a time.
+    """A loaded model. `close()` gives its memory back. For one thread at a time, but for `parse`,
+    `parse_chat`, `get_tokenizer` and the sampling defaults: these any thread may call at any time.
 
     model: a checkpoint directory, or the name of a hub model, `org/name[@revision]`.
     device: cpu, cuda, or auto: a GPU if this build and this machine have one, else the CPU.
@@ -185,7 +186,7 @@ class TextEngine:
     # --- Prompts ----------------------------------------------------------------------------------
 
     def parse(self, prompt: Prompt) -> ParsedPrompt:
-        """A prompt in any of its forms, as token ids."""
+        """A prompt in any of its forms, as token ids. From any thread."""
         text: Any = prompt
         if isinstance(prompt, Mapping):
             if not set(prompt) <= {"prompt", "prompt_token_ids"}:
@@ -211,7 +212,8 @@ class TextEngine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> ParsedPrompt:
-        """A conversation, as the prompt that the model's chat template makes of it."""
+        """A conversation, as the prompt that the model's chat template makes of it. From any
+        thread."""
         text, ids = self._tokenizer.encode_chat(
             messages,
             template=chat_template,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -210,6 +211,7 @@ class TokenizerLoader:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()  # of loading
         self.seconds: float | None = None  # that it took, once it is loaded
 
     @property
@@ -217,11 +219,13 @@ class TokenizerLoader:
         return self._tokenizer is not None
 
     def result(self) -> Tokenizer:
-        if self._tokenizer is None:
-            began = time.perf_counter()
-            self._tokenizer = Tokenizer.from_dir(self._directory)
-            self.seconds = time.perf_counter() - began
-        return self._tokenizer
+        """From any thread; it is loaded once."""
+        with self._lock:
+            if self._tokenizer is None:
+                began = time.perf_counter()
+                self._tokenizer = Tokenizer.from_dir(self._directory)
+                self.seconds = time.perf_counter() - began
+            return self._tokenizer
 
     def eos_token_id(self) -> int | None:
         """The tokenizer's; without loading it where tokenizer.json lists the token as added."""
