@@ -116,7 +116,7 @@ def test_a_file_of_prompts_says_what_they_are_and_how_long_outputs_get(tmp_path:
     path = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": "Once upon a time", "max_tokens": 7},
-        {"messages": [{"role": "user", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
         {"prompt_token_ids": [5, 6, 7], "max_tokens": 1},
     ]
     path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")

@@ -52,8 +52,8 @@ class SamplingDefaults:
     def merge(self, given: Mapping[str, Any], *, max_tokens: int | None) -> dict[str, Any]:
         """SamplingParams fields: those that were given, not checked yet, else the file's.
 
-        max_tokens: where neither says. A smaller one than the file's min_tokens lowers that, which
-        nobody has asked for.
+        max_tokens: where neither says. The file's min_tokens, for which nobody has asked, gives way
+        to a smaller max_tokens.
         """
         values = {"max_tokens": max_tokens, **self.fields, **given}
         if "min_tokens" in self.fields and "min_tokens" not in given:
