@@ -6,6 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMPS := .venv/stamps
+WERROR ?= OFF
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # Folders too, whose times say that a file has come or gone.
@@ -32,11 +33,12 @@ $(STAMPS)/venv: requirements-build.txt
 	@mkdir -p $(STAMPS) && touch $@
 
 # Editable: a change to Python code counts at once, one to C++ code with the next make.
+# WERROR=ON makes compiler warnings errors.
 # Isolation would hand CMake another toolchain path each time and so compile everything anew; what is
 # used instead are the tools in .venv. `pip install .` and `make asan` build in isolation.
 $(STAMPS)/build: $(STAMPS)/venv pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) $(CORE_FILES)
 	@echo "Building tinyvllm into .venv; from nothing this takes one to two minutes."
-	$(BIN)/python $(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_WERROR=$(WERROR) -e '.[test]'
 	@$(BIN)/python -c 'from tinyvllm import _core; print("Built tinyvllm", _core.__version__ + \
 	  ": the CPU engine, with kernels for", ", ".join(_core.supported_isas()) + "; CUDA:", _core.cuda_build())'
 	@touch $@
@@ -63,7 +65,8 @@ $(STAMPS)/cuda: $(STAMPS)/venv requirements-cuda.txt
 	  echo "NVIDIA's compiler and cuBLAS come from pip."; \
 	  $(BIN)/python $(PIP_INSTALL) -r requirements-cuda.txt || exit; fi; \
 	echo "Building tinyvllm with CUDA into .venv."; \
-	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_CUDA=ON -e ".[$$extras]"
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.TINYVLLM_WERROR=$(WERROR) \
+	  --config-settings=cmake.define.TINYVLLM_CUDA=ON -e ".[$$extras]"
 	@touch $@
 
 cuda: $(STAMPS)/cuda  ## the same with the CUDA backend, by the toolkit that is there or NVIDIA's pip packages
@@ -117,9 +120,8 @@ format: $(STAMPS)/dev  ## clang-format and ruff, written in place
 # The CUDA code compiled for the CPU, in an environment of its own beside .venv: the ops and the
 # engine on "cuda" (csrc/cuda/emulator), nothing that `make test` runs on the CPU. With
 # $(EMULATE)/venv/bin/tinyvllm the whole engine can be tried; it is slow.
-# WERROR=ON makes it what lint-warnings is, too: it compiles everything.
+# The kernels of the CPU are the portable ones, which are soon compiled.
 EMULATE := build/emulate
-WERROR ?= OFF
 EMULATE_TESTS = tests/ops tests/test_build.py tests/test_emulator.py tests/test_golden.py \
   $(wildcard tests/test_*cuda*.py)
 
@@ -131,6 +133,7 @@ $(EMULATE)/venv/made: requirements-build.txt
 emulate: $(EMULATE)/venv/made  ## the tests of the CUDA code on an emulated GPU
 	$(EMULATE)/venv/bin/python $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(EMULATE)/cmake \
 	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE --config-settings=cmake.define.TINYVLLM_WERROR=$(WERROR) \
+	  --config-settings=cmake.define.TINYVLLM_PORTABLE_KERNELS=ON \
 	  '.[test]'
 	OMP_NUM_THREADS=1 $(EMULATE)/venv/bin/python -m pytest -k 'cuda or build or emulator' $(EMULATE_TESTS) $(ARGS)
 
@@ -161,12 +164,15 @@ gpu-sanitize: cuda  ## on a machine with a GPU: its tests under NVIDIA's compute
 # fails the run. UBSan's go to stderr, which pytest therefore leaves alone. Leaks are not looked for:
 # Python itself keeps what it allocates at the end. SIGBUS is left to the core's own handler and what
 # its tests put before it. A process that forks while it has threads may hang in ASan's allocator,
-# which is no fault of ours: those tests are left out. The CUDA code is there, too, emulated.
+# which is no fault of ours: those tests are left out, and those in which many sizes repeat what
+# fewer tests beside them do. The CUDA code is there, too, emulated.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
 ASAN_TESTS = tests/ops $(addprefix tests/test_, block_pool.py checkpoint.py engine.py golden.py \
   model_config.py prefix_cache.py safetensors.py sampler.py scheduler.py thread_pool.py)
+ASAN_K = not (after_fork or forked_child or cuda or across_tiles_and_splits or it_is_the_two_ops \
+  or too_many_tensors or one_hundred_megabytes)
 
 # The emulator runs many thousand fibers, and a stack of ASan's own for each would take most of the time.
 # Of the engine here is a graph beside single launches, and two steps in flight.
@@ -174,8 +180,7 @@ ASAN_EMULATED = tests/ops tests/test_cuda.py tests/test_emulator.py \
   $(addprefix tests/test_cuda_engine.py::, \
   test_a_graph_and_the_same_kernels_without_one_give_the_same_bits \
   test_a_sampled_token_goes_on_in_the_next_step_without_the_host)
-# Where many sizes repeat what fewer tests beside them do, they take minutes here, and are left out:
-# make asan ASAN_EMULATED_K='cuda or emulator'.
+# All of them: make asan ASAN_EMULATED_K='cuda or emulator'.
 ASAN_EMULATED_K = (cuda or emulator) and not (test_matmul.py or every_shape or any_chunking)
 ASAN_ENV = LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc UBSAN_OPTIONS=$(ASAN_REPORTS) \
   ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:$(ASAN_REPORTS)
@@ -187,7 +192,7 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON \
 	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
 	rm -f $(ASAN)/report.*
-	$(ASAN_ENV):detect_stack_use_after_return=1 $(ASAN_PYTEST) -k 'not (after_fork or forked_child or cuda)' $(ASAN_TESTS) $(ARGS); \
+	$(ASAN_ENV):detect_stack_use_after_return=1 $(ASAN_PYTEST) -k '$(ASAN_K)' $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \
 	$(ASAN_ENV):detect_stack_use_after_return=0 $(ASAN_PYTEST) -k '$(ASAN_EMULATED_K)' $(ASAN_EMULATED) $(ARGS) || status=$$?; \
 	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \

@@ -119,7 +119,7 @@ bool may_use_amx() {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> isas;
-#if defined(__x86_64__)
+#if defined(TINYVLLM_HAS_AVX512BF16)  // and so the others
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
