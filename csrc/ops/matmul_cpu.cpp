@@ -185,19 +185,17 @@ void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weig
   const auto is = [&](DType x_dtype, DType weight_dtype) {
     return x.dtype == x_dtype && weight.dtype == weight_dtype;
   };
-  if (is(DType::kBFloat16, DType::kBFloat16) && kernels.matmul_bf16_bf16 != nullptr) {
+  if (is(DType::kBFloat16, DType::kBFloat16)) {
     const auto kernel = panels ? kernels.matmul_panels_bf16_bf16 : kernels.matmul_bf16_bf16;
     const auto pack = panels ? kernels.pack_x_for_panels : kernels.pack_x;
     if (pack != nullptr) {
       call(kernel, InTiles{x, pack});
-    } else {
-      call(kernel, AsItLies<BFloat16>{x});
-    }
-  } else if (is(DType::kBFloat16, DType::kBFloat16)) {
-    if (panels) {
-      call(kernels.matmul_panels_f32_bf16, Converted<BFloat16>{x, kernels.to_float});
-    } else if (in_lanes) {
+    } else if (!panels && in_lanes && kernels.lane_bf16 != nullptr) {
       call(kernels.matmul_lanes_f32_bf16, InLanes<BFloat16, BFloat16>{{x, kernels.lane_bf16}});
+    } else if (kernel != nullptr) {
+      call(kernel, AsItLies<BFloat16>{x});
+    } else if (panels) {
+      call(kernels.matmul_panels_f32_bf16, Converted<BFloat16>{x, kernels.to_float});
     } else {
       call(kernels.matmul_f32_bf16, Converted<BFloat16>{x, kernels.pair_bf16});
     }

@@ -17,17 +17,25 @@
 
 namespace tinyvllm::TINYVLLM_ISA {
 
-// The products of bfloat16, and what packs x for them.
+// The products of bfloat16, and what packs x for them or widens it.
 #if defined(__AMX_BF16__)
 constexpr auto kMatmul = &matmul_tiles<false>, kMatmulPanels = &matmul_tiles<true>;
 constexpr auto kPackX = &pack_rows<false>, kPackXForPanels = &pack_rows<true>;
+constexpr auto kLaneBf16 = nullptr;
 #elif defined(__AVX512BF16__)
 constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
 constexpr auto kMatmulPanels = &matmul_panels<BFloat16, BFloat16>;
 constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+constexpr auto kLaneBf16 = nullptr;
 #else
-constexpr auto kMatmul = nullptr, kMatmulPanels = nullptr;
+#if defined(__AVX512F__)  // tiles read more of x than the L2 cache gives, unless it is left short
+constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
+#else
+constexpr auto kMatmul = nullptr;
+#endif
+constexpr auto kMatmulPanels = nullptr;
 constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+constexpr auto kLaneBf16 = &lane_row<BFloat16, BFloat16>;
 #endif
 
 #if defined(__AVX2__)
@@ -54,7 +62,7 @@ const Kernels kKernels = {
     .pair_f32 = &pair_row<float>,
     .pair_bf16 = &pair_row<BFloat16>,
     .lane_f32 = &lane_row<float, BFloat16>,
-    .lane_bf16 = &lane_row<BFloat16, BFloat16>,
+    .lane_bf16 = kLaneBf16,
     .lane_f32_for_f32 = &lane_row<float, float>,
     .attention_bf16 = &attention<BFloat16>,
     .attention_f32 = &attention<float>,

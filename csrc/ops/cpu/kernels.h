@@ -163,7 +163,7 @@ constexpr std::int64_t attention_scratch_size(std::int64_t rows, std::int64_t he
 struct Kernels {
   const char* isa;
 
-  // Weights in rows. Without an instruction for pairs of bfloat16 the first is null, and x is widened.
+  // Weights in rows. The first is null where it is faster to widen x once, before.
   void (*matmul_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);
   void (*matmul_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_f32_f32)(const MatmulShare<float, float>&);
@@ -171,15 +171,16 @@ struct Kernels {
   void (*matmul_lanes_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_lanes_f32_f32)(const MatmulShare<float, float>&);
   // Weights in panels.
-  void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);  // null as above
+  void (*matmul_panels_bf16_bf16)(const MatmulShare<BFloat16, BFloat16>&);  // null likewise
   void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
 
   // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16; null where they take rows.
   void (*pack_x)(const PackShare&);
   void (*pack_x_for_panels)(const PackShare&);
-  // What puts a row of x [size] in another order, out of up to whole_steps(size), for the kernels that
-  // the set has: in pair order; in lane order for weights of bfloat16, and of float32.
+  // What puts a row of x [size] in another order, out of up to whole_steps(size): in pair order; in
+  // lane order for weights of bfloat16 (of bfloat16 x null where products of it are no faster so), and
+  // of float32.
   void (*pair_f32)(const float* x, std::int64_t size, float* out);
   void (*pair_bf16)(const BFloat16* x, std::int64_t size, float* out);
   void (*lane_f32)(const float* x, std::int64_t size, float* out);

@@ -54,6 +54,13 @@ struct Product<BFloat16, BFloat16> {
     return _mm512_dpbf16_ps(sum, x, w);
   }
 };
+#else
+// The same order, with x widened like the weights.
+template <>
+struct Product<BFloat16, BFloat16> : Product<float, BFloat16> {
+  static constexpr bool kWhole = false;
+  TINYVLLM_INLINE static Float load_x(const BFloat16* p, int part) { return load_w(p, part); }
+};
 #endif
 
 // A step of x in pair order.
