@@ -165,7 +165,7 @@ gpu-sanitize: cuda  ## on a machine with a GPU: its tests under NVIDIA's compute
 # Python itself keeps what it allocates at the end. SIGBUS is left to the core's own handler and what
 # its tests put before it. A process that forks while it has threads may hang in ASan's allocator,
 # which is no fault of ours: those tests are left out, and those in which many sizes repeat what
-# fewer tests beside them do. The CUDA code is there, too, emulated.
+# fewer tests beside them do. The CUDA code is there, too, emulated, and tested beside the rest.
 ASAN := build/asan
 ASAN_LIBRARIES = $(shell for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)
 ASAN_REPORTS = log_path=$(CURDIR)/$(ASAN)/report:exitcode=99:print_stacktrace=1
@@ -192,9 +192,12 @@ asan: $(STAMPS)/venv  ## the tests of the core under AddressSanitizer and UBSan 
 	  --config-settings=cmake.build-type=Debug --config-settings=cmake.define.TINYVLLM_SANITIZE=ON \
 	  --config-settings=cmake.define.TINYVLLM_CUDA=EMULATE '.[test]'
 	rm -f $(ASAN)/report.*
+	$(ASAN_ENV):detect_stack_use_after_return=0 $(ASAN_PYTEST) -k '$(ASAN_EMULATED_K)' $(ASAN_EMULATED) $(ARGS) \
+	  >$(ASAN)/emulated.log 2>&1 & emulated=$$!; \
 	$(ASAN_ENV):detect_stack_use_after_return=1 $(ASAN_PYTEST) -k '$(ASAN_K)' $(ASAN_TESTS) $(ARGS); \
 	status=$$?; \
-	$(ASAN_ENV):detect_stack_use_after_return=0 $(ASAN_PYTEST) -k '$(ASAN_EMULATED_K)' $(ASAN_EMULATED) $(ARGS) || status=$$?; \
+	wait $$emulated || status=$$?; \
+	cat $(ASAN)/emulated.log; \
 	if ls $(ASAN)/report.* >/dev/null 2>&1; then cat $(ASAN)/report.*; exit 1; fi; \
 	exit $$status
 
