@@ -72,13 +72,11 @@ void matmul_largest(const CpuContext& ctx, TensorView x, const Weight& weight,
 //   out     [num_rows, rows of gate]  float32 or bfloat16
 void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 
-// The most scratch memory (CpuContext::scratch) that a product takes on this context with up to so
-// many rows of x. Of the weight all but its data counts.
-enum class ProductKind : std::uint8_t {
-  kStored,
-  kSwiglu,
-  kLargest
-};  // what becomes of its results
+// What becomes of a product's results.
+enum class ProductKind : std::uint8_t { kStored, kSwiglu, kLargest };
+
+// The most scratch memory (CpuContext::scratch) that such a product takes on this context with up to
+// so many rows of x. Of the weight all but its data counts.
 std::size_t matmul_scratch_bytes(const CpuContext& ctx, DType x, std::int64_t rows,
                                  const Weight& weight, ProductKind kind);
 

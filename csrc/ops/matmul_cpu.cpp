@@ -271,9 +271,11 @@ std::int64_t cached_stride(const Strips& strips, std::int64_t parallel) {
   return CpuContext::operand_stride(DType::kFloat32, parallel * strips.most_outputs());
 }
 
-// What matmul_largest works in, of each thread: the rows of a strip, and what it knows of each.
+// What matmul_largest works in, of each thread: the rows of a strip, and what it knows of each, in whole
+// cache lines, as what is behind it is to begin with one.
 std::int64_t largest_floats(std::int64_t rows, std::int64_t stride) {
-  return rows * (stride + static_cast<std::int64_t>(sizeof(Largest) / sizeof(float)));
+  constexpr std::int64_t kFloats = sizeof(Largest) / sizeof(float);
+  return rows * stride + CpuContext::operand_stride(DType::kFloat32, rows * kFloats);
 }
 
 // Adds outputs n to n + size of a row to what is known of its largest. Those of one thread ascend.
