@@ -26,11 +26,6 @@ GOLDEN = Path(__file__).parent / "golden"
 FLOAT32 = [("cpu", 0), ("cpu", 7), *([("cuda", 33)] if has_cuda() else [])]
 BFLOAT16 = [("cpu", 0), *([("cuda", 0), ("cuda", 1)] if has_cuda() else [])]
 NUM_EMULATED = 132
-DECODED_BY_EMULATOR = ("llama-3.1-sharded", "mistral-window", "qwen3")  # it takes long for each
-
-
-def is_emulated(device: str) -> bool:
-    return device == "cuda" and _core.cuda_build() == "emulated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +39,8 @@ class Golden:
         """Of all tokens; on the emulator of the first ones."""
         key = (device, dtype, chunk_size)
         if key not in self.computed:
-            count = NUM_EMULATED if is_emulated(device) else None
+            emulated = device == "cuda" and _core.cuda_build() == "emulated"
+            count = NUM_EMULATED if emulated else None
             model = _core.Model(
                 str(self.directory), device=device, dtype=dtype, num_threads=2, block_size=16
             )
@@ -109,8 +105,6 @@ def test_bfloat16_is_about_as_near_as_transformers_own(
 ) -> None:
     # 24 positions are too few to compare two means closely: this catches what is grossly wrong,
     # test_oracle.py holds the promise over 2,000.
-    if is_emulated(device) and chunk_size == 1 and golden.name not in DECODED_BY_EMULATOR:
-        pytest.skip(f"the emulator decodes {', '.join(DECODED_BY_EMULATOR)}")
     outputs = golden.outputs
     ours, truth = shown(golden.engine_logits(device, "bfloat16", chunk_size), outputs)
     kl = kl_divergences(truth, ours).mean()
