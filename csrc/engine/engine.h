@@ -155,7 +155,8 @@ class Engine {
   const std::unique_ptr<Runner> runner_;
   const KvShape kv_shape_;
   const std::int64_t max_model_len_;
-  const std::unique_ptr<Trace> trace_;  // null: none; it replaces a file, so nothing failed before
+  // Null: none. Behind what may fail, as it replaces a file.
+  const std::unique_ptr<Trace> trace_;
   PrefixCache prefix_cache_;
   BlockPool pool_;
   Scheduler scheduler_;
