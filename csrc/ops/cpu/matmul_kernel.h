@@ -5,7 +5,7 @@
 // of x that fit the L2 cache. Two things make that fast (docs/performance-cpu.md has the numbers):
 // with few rows of x, the outputs of a tile lie a run of rows apart, so that each is a long
 // contiguous stream, which the hardware prefetches across pages, some with help; and where a tile's
-// weights are used again for more rows of x, the next ones are prefetched meanwhile, twice.
+// weights are used again for more rows of x, the next ones are prefetched meanwhile, several times.
 #pragma once
 
 #include "ops/cpu/kernels.h"
@@ -138,7 +138,9 @@ struct Group {
 };
 
 // What a tile prefetches into the L2 cache while it computes: rows of weights, at the pace at which
-// it reads its own. A nearer cache or a faster pace was slower.
+// it reads its own. A nearer cache or a faster pace was slower. So many of the tiles that share weights
+// do it; with more of them it took longer than what it saved.
+inline constexpr std::int64_t kPrefetchingTiles = 5;
 struct Prefetch {
   const char* rows[kMostTileOutputs];
 
@@ -249,43 +251,28 @@ inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
   return {count, num_rows / count, num_rows % count};
 }
 
-// The rows from m on against one group. Where there are several tiles, they share out the rows of
-// the group at `next`, unless that is null, and each prefetches its share and that of the tile
-// before it: the hardware drops a prefetch when it is busy, so that every row needs a second chance.
-// With more than four tiles there is time enough for one to suffice.
+// The rows from m on against one group. Where there are several tiles, the first of them prefetch the
+// group at `next`, unless that is null, each all of it: the hardware drops a prefetch when it is busy,
+// so that a line needs several chances.
 template <int kOutputs, typename X, typename W>
 void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& tiles, Group group,
                   const W* next) {
   const bool prefetches = next != nullptr && tiles.count > 1;
-  std::int64_t before = kOutputs * (tiles.count - 1) / tiles.count, begin = 0, end = 0;
+  Prefetch prefetch{};
+  if (prefetches) {
+#pragma GCC unroll 4
+    for (int output = 0; output < kOutputs; ++output) {
+      prefetch.rows[output] =
+          reinterpret_cast<const char*>(next + output * group.run * share.depth);
+    }
+  }
   for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
     const std::int64_t rows = tiles.rows + (tile < tiles.larger ? 1 : 0);
-    while ((end + 1) * tiles.count <= kOutputs * (tile + 1)) ++end;
-    Prefetch prefetch{};
-    int count = 0;
-    const auto add = [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t output = first; output < last; ++output) {
-        prefetch.rows[count++] =
-            reinterpret_cast<const char*>(next + output * group.run * share.depth);
-      }
-    };
-    if (prefetches) {
-      add(begin, end);
-      if (tiles.count <= 4) add(before, tile == 0 ? kOutputs : begin);
-    }
-    if (count == 0) {
-      matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch);
+    if (prefetches && tile < kPrefetchingTiles) {
+      matmul_tile_of<kTileRows, kOutputs, kOutputs>(rows, share, m, group, prefetch);
     } else {
-      const int last = count - 1;
-      while (count < kTileOutputs) prefetch.rows[count++] = prefetch.rows[last];
-      if (last < 2) {
-        matmul_tile_of<kTileRows, kOutputs, 2>(rows, share, m, group, prefetch);
-      } else {
-        matmul_tile_of<kTileRows, kOutputs, 4>(rows, share, m, group, prefetch);
-      }
+      matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch);
     }
-    before = begin;
-    begin = end;
     m += rows;
   }
 }

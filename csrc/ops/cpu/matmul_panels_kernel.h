@@ -132,15 +132,16 @@ template <int kRows, int kPrefetch, typename X, typename W>
 void panel_tile(const MatmulShare<X, W>& share, std::int64_t m, const PanelBlock& block,
                 const std::byte* prefetch) {
   constexpr int kDepth = LaneProduct<X, W>::kDepth;
-  Float sums[kRows][kColumnVectors] = {};
   const auto kept = [&](int row, int v) {
     return block.sums + (m + row) * kColumnOutputs + v * kLanes;
   };
-  if (!block.first) {
+  Float sums[kRows]
+            [kColumnVectors];  // initialised one by one, as GCC clears larger arrays in memory
 #pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kColumnVectors; ++v) sums[row][v] = load(kept(row, v));
+    for (int v = 0; v < kColumnVectors; ++v) {
+      sums[row][v] = block.first ? Float{} : load(kept(row, v));
     }
   }
   // A pointer serves three rows, because x86 adds a register once or twice over: a pointer for each
