@@ -80,6 +80,7 @@ class PagedAttention {
     workers_ = reinterpret_cast<float*>(memory);
     states_ = workers_ + num_threads() * worker_size();
     tiles_ = reinterpret_cast<Tile*>(memory + bytes);
+    tiles_end_ = tiles_ + num_tiles;
     num_items = state_floats = num_tiles = 0;
     for_each_tile(sequences, [&](Tile& tile) {
       cut(tile);
@@ -146,12 +147,26 @@ class PagedAttention {
     }
   }
 
+  static std::int64_t end_of(const Tile& tile) {  // one past its last position
+    return tile.sequence->first_position + tile.token + tile.num_tokens;
+  }
+
+  // What the thread that has this tile takes behind it, if threads take turns, or null: where both are
+  // one item each, as in decode, and begin with their sequences' first positions.
+  const Tile* likely_next(const Tile& tile) const {
+    const auto is_one_item = [&](const Tile& t) { return t.heads == kv_heads_ && !t.is_spread; };
+    if (window_ > 0 || tiles_end_ - &tile <= num_threads()) return nullptr;
+    const Tile* next = &tile + num_threads();
+    return is_one_item(tile) && is_one_item(*next) ? next : nullptr;
+  }
+
   void attend(const Tile& tile, std::int64_t head_group, std::int64_t split, int worker,
               const AttentionState& state) const {
     const KvShape& shape = kv_.shape;
     const std::int64_t kv_head = head_group * tile.heads;
     const std::int64_t head_offset = kv_head * shape.block_size * shape.head_dim;
     const float* query = q_.row<float>(tile.sequence->first_token + tile.token);
+    const Tile* next = split + 1 == tile.num_splits ? likely_next(tile) : nullptr;
     kernel_({.query = query + kv_head * group_ * shape.head_dim,
              .query_stride = q_.row_stride,
              .keys = static_cast<const Kv*>(kv_.keys) + head_offset,
@@ -168,6 +183,8 @@ class PagedAttention {
              .split = (tile.first_split + split) * kAttentionSplit,
              .scale = scale_,
              .scratch = workers_ + worker * worker_size(),
+             .next_block_table = next == nullptr ? nullptr : next->sequence->block_table,
+             .next_positions = next == nullptr ? 0 : end_of(*next),
              .out = state});
   }
 
@@ -228,7 +245,7 @@ class PagedAttention {
   std::int64_t state_size_, scratch_size_;  // in floats
   float* workers_ = nullptr;                // for each thread: the kernel's scratch and two states
   float* states_ = nullptr;                 // of the tiles that are spread
-  Tile* tiles_ = nullptr;
+  Tile *tiles_ = nullptr, *tiles_end_ = nullptr;
 };
 
 }  // namespace

@@ -105,14 +105,14 @@ class Attention {
 
   // Head by head, first the keys and then the values, through a panel that stays in the L1 cache.
   // Memory is slow to give some lines here and some there when they are needed: so the tile's values are
-  // prefetched while its keys are multiplied, and with the values the next tile's keys, some at each
-  // turn, in an order of their own (Ahead).
+  // prefetched while its keys are multiplied, and with the values the next tile's keys, or after the
+  // last tile the next sequence's, some at each turn, in an order of their own (Ahead).
   void attend_tile(std::int64_t tile) {
     const Range oldest = seen(0, tile), newest = seen(share_.num_tokens - 1, tile);
     const Range any = {oldest.first, newest.last};
     if (any.empty()) return;
     std::int64_t* offsets = offsets_[tile / kTile % 2];
-    if (located_ != tile) locate(tile, any, offsets);
+    if (located_ != tile) locate(share_.block_table, tile, any, offsets);
     const std::int64_t column = any.first / kLanes * kLanes;
     const std::int64_t vectors = any.last / kLanes + 1 - column / kLanes;
     Ahead values_ahead = ahead_of(share_.values, offsets, any, vectors);
@@ -134,8 +134,13 @@ class Attention {
     Range next = {seen(0, next_tile).first, seen(share_.num_tokens - 1, next_tile).last};
     if (next_tile == share_.split + kAttentionSplit) next = {0, -1};
     std::int64_t* next_offsets = offsets_[next_tile / kTile % 2];
-    if (!next.empty()) locate(next_tile, next, next_offsets);
-    located_ = next_tile;
+    if (!next.empty()) {
+      locate(share_.block_table, next_tile, next, next_offsets);
+      located_ = next_tile;
+    } else if (share_.next_block_table != nullptr) {
+      next = {0, smaller(share_.next_positions, kTile) - 1};
+      locate(share_.next_block_table, 0, next, next_offsets);
+    }
     Ahead keys_ahead = ahead_of(share_.keys, next_offsets, next, vectors + head_rows_);
     const Range whole = tokens_that_see_all(tile);
     for (std::int64_t head = 0; head < share_.num_heads; ++head) {
@@ -288,10 +293,11 @@ class Attention {
     }
   }
 
-  // Where the keys and values of the tile's positions lie.
-  void locate(std::int64_t tile, Range range, std::int64_t* offsets) const {
+  // Where the keys and values of a tile's positions lie.
+  void locate(const std::int32_t* block_table, std::int64_t tile, Range range,
+              std::int64_t* offsets) const {
     const std::int64_t position = tile + range.first;
-    const std::int32_t* block = share_.block_table + position / share_.block_size;
+    const std::int32_t* block = block_table + position / share_.block_size;
     std::int64_t slot = position % share_.block_size;
     std::int64_t offset = *block * share_.block_stride + slot * share_.head_dim;
     for (std::int64_t j = range.first;; ++j) {

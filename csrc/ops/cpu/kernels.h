@@ -152,6 +152,10 @@ struct AttentionShare {
   std::int64_t split;                       // the first position of the split
   float scale;
   float* scratch;  // attention_scratch_size(...) floats aligned to 64 bytes
+  // Of the sequence that this thread is likely to have next, or null: its block table, and how many
+  // positions it has. The keys of its first tile are prefetched, for as many heads.
+  const std::int32_t* next_block_table;
+  std::int64_t next_positions;
   AttentionState out;
 };
 

@@ -123,11 +123,13 @@ inline constexpr int kTileRows = 6;  // 31 of 32 registers
 inline constexpr int kTileRows = 3;  // 16 of 16
 #endif
 
-// Where one tile has all rows of x, how many bytes ahead of itself it asks for its weights. A Xeon
-// reads eight streams fastest that are prefetched, a Zen 4 four that are not; others nobody has measured.
+// Up to so many rows of x, one tile has them all and reads eight streams of weights, or four, for which
+// it asks so many bytes ahead. A Xeon reads eight streams fastest, a Zen 4 four, and from three rows on
+// several tiles, of which each prefetches for the next; others nobody has measured.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // a Zen 4 or 5, as supported_isas() has it
-inline constexpr std::int64_t kBytesAhead = 0;
+inline constexpr std::int64_t kEightStreamsRows = 0, kFourStreamsRows = 2, kBytesAhead = 1024;
 #else
+inline constexpr std::int64_t kEightStreamsRows = kTileRows / 2, kFourStreamsRows = kTileRows;
 inline constexpr std::int64_t kBytesAhead = 512;
 #endif
 
@@ -239,15 +241,15 @@ void matmul_tile_of(std::int64_t rows, const MatmulShare<X, W>& share, std::int6
 }
 
 // How rows of x are cut into tiles that are as equal as can be: the first `larger` of them have one
-// row more than the others. Where a tile that does all would not prefetch, and the memory wait, three
-// long rows or more make two tiles at least. With short rows the end of a second tile costs more.
+// row more than the others. Long rows make two tiles at least, as one alone would not prefetch, and the
+// memory wait. With short rows the end of a second tile costs more.
 struct Tiles {
   std::int64_t count, rows, larger;
 };
 
 inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
   std::int64_t count = (num_rows + kTileRows - 1) / kTileRows;
-  if (kBytesAhead == 0 && count == 1 && num_rows > 2 && depth >= 1024) count = 2;
+  if (count == 1 && depth >= 1024) count = 2;
   return {count, num_rows / count, num_rows % count};
 }
 
@@ -280,7 +282,7 @@ void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& t
 // All rows of x, which one tile has, against kOutputs streams of weights at a time.
 template <int kOutputs, typename X, typename W>
 void matmul_streams(const MatmulShare<X, W>& share) {
-  constexpr int kMostRows = kTileRows * kTileOutputs / kOutputs;
+  constexpr std::int64_t kMostRows = kOutputs > kTileOutputs ? kEightStreamsRows : kFourStreamsRows;
   const std::int64_t run = share.num_outputs / kOutputs;
   for (std::int64_t n = 0; n < run; ++n) {
     Prefetch ahead{};
@@ -303,10 +305,10 @@ inline constexpr std::int64_t kManyTiles = 3;
 
 template <typename X, typename W>
 void matmul(const MatmulShare<X, W>& share) {
-  if constexpr (kBytesAhead > 0) {
-    if (share.num_rows <= kTileRows / 2) return matmul_streams<kMostTileOutputs>(share);
-    if (share.num_rows <= kTileRows) return matmul_streams<kTileOutputs>(share);
+  if constexpr (kEightStreamsRows > 0) {
+    if (share.num_rows <= kEightStreamsRows) return matmul_streams<kMostTileOutputs>(share);
   }
+  if (share.num_rows <= kFourStreamsRows) return matmul_streams<kTileOutputs>(share);
   const std::int64_t row_bytes = share.depth * static_cast<std::int64_t>(sizeof(X));
   const std::int64_t fit = kCacheBytes / row_bytes, least = 2 * kTileRows;
   const std::int64_t most_rows = fit > least ? fit : least;
