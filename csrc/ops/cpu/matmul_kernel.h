@@ -140,9 +140,7 @@ struct Group {
 };
 
 // What a tile prefetches into the L2 cache while it computes: rows of weights, at the pace at which
-// it reads its own. A nearer cache or a faster pace was slower. So many of the tiles that share weights
-// do it; with more of them it took longer than what it saved.
-inline constexpr std::int64_t kPrefetchingTiles = 5;
+// it reads its own. A nearer cache or a faster pace was slower.
 struct Prefetch {
   const char* rows[kMostTileOutputs];
 
@@ -253,27 +251,37 @@ inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
   return {count, num_rows / count, num_rows % count};
 }
 
-// The rows from m on against one group. Where there are several tiles, the first of them prefetch the
-// group at `next`, unless that is null, each all of it: the hardware drops a prefetch when it is busy,
-// so that a line needs several chances.
+// Where several tiles share weights, the first of them prefetch the next ones, so many rows each in turn:
+// the hardware drops a prefetch when it is busy, so that a line needs several chances. A Zen 4 takes all
+// rows at once, a Xeon two.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // as above
+inline constexpr int kPrefetchedRows = 4, kPrefetchingTiles = 5;
+#else
+inline constexpr int kPrefetchedRows = 2, kPrefetchingTiles = 4;
+#endif
+
+// The rows from m on against one group; meanwhile the group at `next` is prefetched, unless that is
+// null.
 template <int kOutputs, typename X, typename W>
 void matmul_group(const MatmulShare<X, W>& share, std::int64_t m, const Tiles& tiles, Group group,
                   const W* next) {
+  constexpr int kFetched = kPrefetchedRows < kOutputs ? kPrefetchedRows : kOutputs;
+  constexpr int kTurns = kOutputs / kFetched;
   const bool prefetches = next != nullptr && tiles.count > 1;
-  Prefetch prefetch{};
+  Prefetch prefetch[kTurns] = {};
   if (prefetches) {
 #pragma GCC unroll 4
     for (int output = 0; output < kOutputs; ++output) {
-      prefetch.rows[output] =
+      prefetch[output / kFetched].rows[output % kFetched] =
           reinterpret_cast<const char*>(next + output * group.run * share.depth);
     }
   }
   for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
     const std::int64_t rows = tiles.rows + (tile < tiles.larger ? 1 : 0);
     if (prefetches && tile < kPrefetchingTiles) {
-      matmul_tile_of<kTileRows, kOutputs, kOutputs>(rows, share, m, group, prefetch);
+      matmul_tile_of<kTileRows, kOutputs, kFetched>(rows, share, m, group, prefetch[tile % kTurns]);
     } else {
-      matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch);
+      matmul_tile_of<kTileRows, kOutputs, 0>(rows, share, m, group, prefetch[0]);
     }
     m += rows;
   }
