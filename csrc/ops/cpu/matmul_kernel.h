@@ -125,12 +125,18 @@ inline constexpr int kTileRows = 3;  // 16 of 16
 
 // Up to so many rows of x, one tile has them all and reads eight streams of weights, or four, for which
 // it asks so many bytes ahead. A Xeon reads eight streams fastest, a Zen 4 four, and from three rows on
-// several tiles, of which each prefetches for the next; others nobody has measured.
+// several tiles; others nobody has measured.
+//
+// Where several tiles share weights, the first of them prefetch the next ones, so many rows each in turn:
+// the hardware drops a prefetch when it is busy, so that a line needs several chances. A Zen 4 takes all
+// rows at once, a Xeon two.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // a Zen 4 or 5, as supported_isas() has it
 inline constexpr std::int64_t kEightStreamsRows = 0, kFourStreamsRows = 2, kBytesAhead = 1024;
+inline constexpr int kPrefetchedRows = 4, kPrefetchingTiles = 5;
 #else
 inline constexpr std::int64_t kEightStreamsRows = kTileRows / 2, kFourStreamsRows = kTileRows;
 inline constexpr std::int64_t kBytesAhead = 512;
+inline constexpr int kPrefetchedRows = 2, kPrefetchingTiles = 4;
 #endif
 
 // What a tile of the rows of x is multiplied with: as many rows of the weight as it has outputs. They
@@ -250,15 +256,6 @@ inline Tiles cut_into_tiles(std::int64_t num_rows, std::int64_t depth) {
   if (count == 1 && depth >= 1024) count = 2;
   return {count, num_rows / count, num_rows % count};
 }
-
-// Where several tiles share weights, the first of them prefetch the next ones, so many rows each in turn:
-// the hardware drops a prefetch when it is busy, so that a line needs several chances. A Zen 4 takes all
-// rows at once, a Xeon two.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // as above
-inline constexpr int kPrefetchedRows = 4, kPrefetchingTiles = 5;
-#else
-inline constexpr int kPrefetchedRows = 2, kPrefetchingTiles = 4;
-#endif
 
 // The rows from m on against one group; meanwhile the group at `next` is prefetched, unless that is
 // null.
