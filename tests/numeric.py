@@ -107,11 +107,12 @@ def tree_sum(lanes: Array) -> Array:
 # --- Places ---------------------------------------------------------------------------------------
 
 
-def misaligned(array: Array) -> Array:
-    """A copy whose address is a multiple of the element size and of nothing more."""
+def misaligned(array: Array, offset: int | None = None) -> Array:
+    """A copy that begins so many bytes behind a cache line's begin, or one element."""
     room = np.empty(array.size + 64, dtype=array.dtype)
     size = array.itemsize
-    start = next(i for i in range(64) if (room.ctypes.data + i * size) % 64 == size)
+    behind = size if offset is None else offset
+    start = next(i for i in range(64) if (room.ctypes.data + i * size) % 64 == behind)
     copy = room[start : start + array.size].reshape(array.shape)
     copy[...] = array
     return copy

@@ -37,7 +37,34 @@ struct AsItLies {
   const X* make(const CpuContext& /*ctx*/, std::byte* /*memory*/) const { return x.row<X>(0); }
 };
 
-// x in tiles of AMX,
+// x in panels,
+struct InPanels {
+  static constexpr bool kTiles = false;
+  static constexpr std::int64_t kOutputs = 8;
+  TensorView x;
+  void (*pack)(const PackShare&);
+
+  std::int64_t panels() const { return x_panels(x.rows); }
+  std::int64_t rest() const { return std::max<std::int64_t>(0, x.rows - panels() * kXPanelRows); }
+  std::int64_t stride() const { return panels() == 0 ? x.row_stride : x_rest_stride(x.cols); }
+  std::size_t bytes() const {
+    if (panels() == 0) return 0;
+    const std::int64_t size = panels() * x_panel_size(x.cols) + rest() * stride();
+    return static_cast<std::size_t>(size) * sizeof(BFloat16);
+  }
+  std::int64_t scratch() const { return 0; }
+  const BFloat16* make(const CpuContext& ctx, std::byte* memory) const {
+    if (panels() == 0) return x.row<BFloat16>(0);
+    auto* packed = reinterpret_cast<BFloat16*>(memory);
+    const std::int64_t pieces = panels() * x_panel_pieces(x.cols);
+    ctx.parallel_for(pieces + (rest() > 0 ? 1 : 0), [&](std::int64_t piece, int) {
+      pack({x.row<BFloat16>(0), x.row_stride, x.rows, x.cols, piece, packed});
+    });
+    return packed;
+  }
+};
+
+// in tiles of AMX,
 struct InTiles {
   static constexpr bool kTiles = true;
   static constexpr std::int64_t kOutputs = kPanelOutputs;
@@ -190,6 +217,8 @@ void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weig
     const auto pack = panels ? kernels.pack_x_for_panels : kernels.pack_x;
     if (pack != nullptr) {
       call(kernel, InTiles{x, pack});
+    } else if (!panels && kernels.pack_x_panel != nullptr) {
+      call(kernel, InPanels{x, kernels.pack_x_panel});
     } else if (!panels && in_lanes && kernels.lane_bf16 != nullptr) {
       call(kernels.matmul_lanes_f32_bf16, InLanes<BFloat16, BFloat16>{{x, kernels.lane_bf16}});
     } else if (kernel != nullptr) {

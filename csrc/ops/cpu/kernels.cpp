@@ -6,6 +6,8 @@
 #include "ops/cpu/limits_kernel.h"
 #if defined(__AMX_BF16__)
 #include "ops/cpu/matmul_amx_kernel.h"
+#elif defined(__AVX512BF16__)
+#include "ops/cpu/matmul_bf16_kernel.h"
 #endif
 #include "ops/cpu/matmul_kernel.h"
 #include "ops/cpu/matmul_lanes_kernel.h"
@@ -21,11 +23,13 @@ namespace tinyvllm::TINYVLLM_ISA {
 #if defined(__AMX_BF16__)
 constexpr auto kMatmul = &matmul_tiles<false>, kMatmulPanels = &matmul_tiles<true>;
 constexpr auto kPackX = &pack_rows<false>, kPackXForPanels = &pack_rows<true>;
+constexpr auto kPackXPanel = nullptr;
 constexpr auto kLaneBf16 = nullptr;
 #elif defined(__AVX512BF16__)
-constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
+constexpr auto kMatmul = &matmul_bf16;
 constexpr auto kMatmulPanels = &matmul_panels<BFloat16, BFloat16>;
 constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+constexpr auto kPackXPanel = &pack_x_panel;
 constexpr auto kLaneBf16 = nullptr;
 #else
 #if defined(__AVX512F__)  // tiles read more of x than the L2 cache gives, unless it is left short
@@ -34,7 +38,7 @@ constexpr auto kMatmul = &matmul<BFloat16, BFloat16>;
 constexpr auto kMatmul = nullptr;
 #endif
 constexpr auto kMatmulPanels = nullptr;
-constexpr auto kPackX = nullptr, kPackXForPanels = nullptr;
+constexpr auto kPackX = nullptr, kPackXForPanels = nullptr, kPackXPanel = nullptr;
 constexpr auto kLaneBf16 = &lane_row<BFloat16, BFloat16>;
 #endif
 
@@ -59,6 +63,7 @@ const Kernels kKernels = {
     .matmul_panels_f32_f32 = &matmul_panels<float, float>,
     .pack_x = kPackX,
     .pack_x_for_panels = kPackXForPanels,
+    .pack_x_panel = kPackXPanel,
     .pair_f32 = &pair_row<float>,
     .pair_bf16 = &pair_row<BFloat16>,
     .lane_f32 = &lane_row<float, BFloat16>,

@@ -22,7 +22,8 @@ namespace tinyvllm {
 // vector, which adds up ascending k, and of a pair of bfloat16 the second one first.
 //
 // Bfloat16 on AMX has an order of its own, the same for both: 32 elements of k at a time, as amx.h
-// says.
+// says. For vdpbf16ps, weights in rows, an output has two sums, of the even pairs of k and of the odd
+// ones, each like a lane of a panel.
 //
 // For weights in rows a float32 x may be in another order, made once for all shares of a product, in
 // which zeros fill up the last step:
@@ -83,6 +84,22 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
 
 // An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
 inline constexpr std::int64_t kCachedOperand = 512 * 1024;
+
+// vdpbf16ps wants x in panels (matmul_bf16_kernel.h): 16 rows side by side, [parity of a pair][word of
+// two pairs][row], zeros beyond x. Up to kMostFewRows rows that are left lie behind the last panel, each
+// an odd number of cache lines long; so few alone are used as they lie.
+inline constexpr std::int64_t kXPanelRows = 16, kMostFewRows = 11;
+constexpr std::int64_t x_panels(std::int64_t num_rows) {
+  return (num_rows + kXPanelRows - 1 - kMostFewRows) / kXPanelRows;
+}
+constexpr std::int64_t x_panel_size(std::int64_t depth) {
+  return (depth + 3) / 4 * 4 * kXPanelRows;
+}
+inline constexpr std::int64_t kXPanelPiece = 512;  // of the depth; a panel is packed in such pieces
+constexpr std::int64_t x_panel_pieces(std::int64_t depth) {
+  return (depth + kXPanelPiece - 1) / kXPanelPiece;
+}
+constexpr std::int64_t x_rest_stride(std::int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
 
 // What need not be packed, because it would look the same: one row of whole steps.
 constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
@@ -179,9 +196,11 @@ struct Kernels {
   void (*matmul_panels_f32_bf16)(const MatmulShare<float, BFloat16>&);
   void (*matmul_panels_f32_f32)(const MatmulShare<float, float>&);
 
-  // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16; null where they take rows.
+  // What packs x for matmul_bf16_bf16 and for matmul_panels_bf16_bf16 in tiles, and for the first in
+  // panels; null where they take x otherwise.
   void (*pack_x)(const PackShare&);
   void (*pack_x_for_panels)(const PackShare&);
+  void (*pack_x_panel)(const PackShare&);
   // What puts a row of x [size] in another order, out of up to whole_steps(size): in pair order; in
   // lane order for weights of bfloat16 (of bfloat16 x null where products of it are no faster so), and
   // of float32.

@@ -40,28 +40,12 @@ struct Product<float, BFloat16> {
   }
 };
 
-#if defined(__AVX512BF16__)
-// vdpbf16ps, in the same order: lane i adds x[2i+1] w[2i+1] and then x[2i] w[2i] in float32.
-template <>
-struct Product<BFloat16, BFloat16> {
-  static constexpr int kStep = 2 * kLanes, kParts = 1;
-  static constexpr bool kWhole = false;
-  TINYVLLM_INLINE static __m512bh load_x(const BFloat16* p, int) {
-    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
-  }
-  TINYVLLM_INLINE static __m512bh load_w(const BFloat16* p, int) { return load_x(p, 0); }
-  TINYVLLM_INLINE static Float accumulate(Float sum, __m512bh x, __m512bh w) {
-    return _mm512_dpbf16_ps(sum, x, w);
-  }
-};
-#else
 // The same order, with x widened like the weights.
 template <>
 struct Product<BFloat16, BFloat16> : Product<float, BFloat16> {
   static constexpr bool kWhole = false;
   TINYVLLM_INLINE static Float load_x(const BFloat16* p, int part) { return load_w(p, part); }
 };
-#endif
 
 // A step of x in pair order.
 TINYVLLM_INLINE void pair_step(const float* x, float* out) {
@@ -124,20 +108,13 @@ inline constexpr int kTileRows = 3;  // 16 of 16
 #endif
 
 // Up to so many rows of x, one tile has them all and reads eight streams of weights, or four, for which
-// it asks so many bytes ahead. A Xeon reads eight streams fastest, a Zen 4 four, and from three rows on
-// several tiles; others nobody has measured.
-//
-// Where several tiles share weights, the first of them prefetch the next ones, so many rows each in turn:
-// the hardware drops a prefetch when it is busy, so that a line needs several chances. A Zen 4 takes all
-// rows at once, a Xeon two.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // a Zen 4 or 5, as supported_isas() has it
-inline constexpr std::int64_t kEightStreamsRows = 0, kFourStreamsRows = 2, kBytesAhead = 1024;
-inline constexpr int kPrefetchedRows = 4, kPrefetchingTiles = 5;
-#else
+// it asks so many bytes ahead: what a Xeon reads fastest; others nobody has measured.
 inline constexpr std::int64_t kEightStreamsRows = kTileRows / 2, kFourStreamsRows = kTileRows;
 inline constexpr std::int64_t kBytesAhead = 512;
+
+// Where several tiles share weights, the first of them prefetch the next ones, so many rows each in turn:
+// the hardware drops a prefetch when it is busy, so that a line needs several chances.
 inline constexpr int kPrefetchedRows = 2, kPrefetchingTiles = 4;
-#endif
 
 // What a tile of the rows of x is multiplied with: as many rows of the weight as it has outputs. They
 // lie `run` rows apart, at the share's output n.
@@ -310,9 +287,7 @@ inline constexpr std::int64_t kManyTiles = 3;
 
 template <typename X, typename W>
 void matmul(const MatmulShare<X, W>& share) {
-  if constexpr (kEightStreamsRows > 0) {
-    if (share.num_rows <= kEightStreamsRows) return matmul_streams<kMostTileOutputs>(share);
-  }
+  if (share.num_rows <= kEightStreamsRows) return matmul_streams<kMostTileOutputs>(share);
   if (share.num_rows <= kFourStreamsRows) return matmul_streams<kTileOutputs>(share);
   const std::int64_t row_bytes = share.depth * static_cast<std::int64_t>(sizeof(X));
   const std::int64_t fit = kCacheBytes / row_bytes, least = 2 * kTileRows;
