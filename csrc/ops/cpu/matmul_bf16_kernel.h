@@ -97,7 +97,7 @@ TINYVLLM_INLINE void turn_words(__m512i (&rows)[kGroup]) {
 // What a tile of few rows of x prefetches into the L2 cache: of its own weights, which are eight long
 // streams of memory, what lies ahead; of weights that are neighbours, the next group's; or nothing.
 enum class Fetch { kAhead, kNextGroup, kNothing };
-inline constexpr std::int64_t kAheadLines = 16;
+inline constexpr std::int64_t kAheadLines = 24;
 
 // The outputs of kGroups neighbouring groups for kRows rows of x, at row m of the share. The first line
 // of the weights begins `skew` words before them, where a cache line does.
