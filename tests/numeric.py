@@ -108,8 +108,9 @@ def tree_sum(lanes: Array) -> Array:
 
 
 def misaligned(array: Array, offset: int | None = None) -> Array:
-    """A copy that begins so many bytes behind a cache line's begin, or one element."""
-    room = np.empty(array.size + 64, dtype=array.dtype)
+    """A copy so many bytes behind a cache line's begin, or one element; all around it is NaN."""
+    around = NAN_BITS if array.dtype == np.uint16 else np.nan
+    room = np.full(array.size + 64, around, dtype=array.dtype)
     size = array.itemsize
     behind = size if offset is None else offset
     start = next(i for i in range(64) if (room.ctypes.data + i * size) % 64 == behind)

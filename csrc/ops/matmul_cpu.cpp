@@ -14,12 +14,12 @@
 namespace tinyvllm {
 namespace {
 
-// Strips have up to so many bytes of weights, or, with packed x, as many outputs as kernels.h says; and
+// Strips have up to so many bytes of weights, or, with x in tiles, as many outputs as kernels.h says; and
 // so many at least that to begin one costs little.
 constexpr std::int64_t kStripBytes = 1024 * 1024, kLeastStripBytes = 256 * 1024;
 // There are as many for each thread at least, if the matrix is large enough.
 constexpr std::int64_t kStripsPerThread = 4;
-// With more rows of x than that (kStreamedRows where it is packed) arithmetic takes longer than
+// With more rows of x than that (kStreamedRows where it is in tiles) arithmetic takes longer than
 // reading, and all strips are alike.
 constexpr std::int64_t kMemoryBoundRows = 16;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
@@ -44,20 +44,18 @@ struct InPanels {
   TensorView x;
   void (*pack)(const PackShare&);
 
-  std::int64_t panels() const { return x_panels(x.rows); }
-  std::int64_t rest() const { return std::max<std::int64_t>(0, x.rows - panels() * kXPanelRows); }
-  std::int64_t stride() const { return panels() == 0 ? x.row_stride : x_rest_stride(x.cols); }
+  bool as_it_lies() const { return x_panels(x.rows) == 0; }
+  std::int64_t stride() const { return as_it_lies() ? x.row_stride : x_rest_stride(x.cols); }
   std::size_t bytes() const {
-    if (panels() == 0) return 0;
-    const std::int64_t size = panels() * x_panel_size(x.cols) + rest() * stride();
-    return static_cast<std::size_t>(size) * sizeof(BFloat16);
+    if (as_it_lies()) return 0;
+    return static_cast<std::size_t>(x_panels_elements(x.rows, x.cols)) * sizeof(BFloat16);
   }
   std::int64_t scratch() const { return 0; }
   const BFloat16* make(const CpuContext& ctx, std::byte* memory) const {
-    if (panels() == 0) return x.row<BFloat16>(0);
+    if (as_it_lies()) return x.row<BFloat16>(0);
     auto* packed = reinterpret_cast<BFloat16*>(memory);
-    const std::int64_t pieces = panels() * x_panel_pieces(x.cols);
-    ctx.parallel_for(pieces + (rest() > 0 ? 1 : 0), [&](std::int64_t piece, int) {
+    const std::int64_t pieces = x_panels(x.rows) * x_panel_pieces(x.cols);
+    ctx.parallel_for(pieces + (x_rest(x.rows) > 0 ? 1 : 0), [&](std::int64_t piece, int) {
       pack({x.row<BFloat16>(0), x.row_stride, x.rows, x.cols, piece, packed});
     });
     return packed;

@@ -16,7 +16,8 @@ namespace tinyvllm {
 // out[m, n] = bias[n] + sum_k x[m, k] * weight[n, k], or += where `accumulate` says so.
 //
 // One output element has one vector accumulator over ascending k and one horizontal sum at the end,
-// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch.
+// whatever num_rows and num_outputs are, so that a row of x gives the same bits in any batch. (Of a NaN
+// only that it is one: compilers swap the operands of additions.)
 //
 // The weights may lie in panels instead of rows (ops/repack.h). An output is then one lane of a
 // vector, which adds up ascending k, and of a pair of bfloat16 the second one first.
@@ -35,7 +36,9 @@ namespace tinyvllm {
 //   matmul_lanes_*: lane order, as matmul_lanes_kernel.h says.
 template <typename X, typename W>
 struct MatmulShare {
-  const X* x;  // [num_rows, depth], rows x_stride elements apart, in the kernel's order; or packed
+  // [num_rows, depth], rows x_stride elements apart, in the kernel's order; or packed, where x_stride is
+  // that of rows behind panels.
+  const X* x;
   std::int64_t x_stride;
   const W* weight;    // [num_outputs, depth], contiguous; or in panels, from the first of one on
   const float* bias;  // [num_outputs], or null
@@ -58,18 +61,19 @@ constexpr std::int64_t lane_scratch(std::int64_t depth, std::size_t weight_bytes
   return outputs > least ? outputs : least;
 }
 
-// AMX wants x packed (matmul_amx_operands.h), which is done once for all shares of a product, a piece at
-// a time: 16 rows or what is left of them, in one block of the depth. Its blocks are of up to
-// kPackedSteps steps of kPackedDepth elements, the last step filled up with zeros. `x` of a
-// MatmulShare is then the packed one.
-inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 9;
+// What packs x, once for all shares of a product, a piece at a time. `x` of a MatmulShare is then the
+// packed one.
 struct PackShare {
   const BFloat16* x;  // [num_rows, depth], rows x_stride elements apart
   std::int64_t x_stride, num_rows, depth;
   std::int64_t piece;
-  BFloat16* packed;  // [packed_elements(num_rows, depth)], aligned to 64 bytes
+  BFloat16* packed;  // all pieces, aligned to 64 bytes
 };
 
+// AMX wants x in tiles (matmul_amx_operands.h). A piece is 16 rows or what is left of them, in one block
+// of the depth. Its blocks are of up to kPackedSteps steps of kPackedDepth elements, the last step
+// filled up with zeros.
+inline constexpr std::int64_t kPackedRows = 16, kPackedDepth = 32, kPackedSteps = 9;
 constexpr std::int64_t packed_blocks(std::int64_t depth) {
   return (depth + kPackedDepth * kPackedSteps - 1) / (kPackedDepth * kPackedSteps);
 }
@@ -82,34 +86,41 @@ constexpr std::int64_t packed_elements(std::int64_t num_rows, std::int64_t depth
   return (num_rows < kPackedRows ? num_rows : whole_rows) * steps * kPackedDepth;
 }
 
-// An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
-inline constexpr std::int64_t kCachedOperand = 512 * 1024;
+// What need not be packed, because it would look the same: one row of whole steps.
+constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
+  return num_rows == 1 && depth % kPackedDepth == 0;
+}
 
 // vdpbf16ps wants x in panels (matmul_bf16_kernel.h): 16 rows side by side, [parity of a pair][word of
-// two pairs][row], zeros beyond x. Up to kMostFewRows rows that are left lie behind the last panel, each
-// an odd number of cache lines long; so few alone are used as they lie.
-inline constexpr std::int64_t kXPanelRows = 16, kMostFewRows = 11;
+// two pairs][row], zeros beyond x. Up to kMostFewRows rows that are left lie behind the last panel,
+// x_rest_stride(depth) apart, an odd number of cache lines; so few alone are used as they lie. A piece is
+// some of the depth of a panel, and after all of these the rows that are left.
+inline constexpr std::int64_t kXPanelRows = 16, kMostFewRows = 11, kXPanelPiece = 512;
 constexpr std::int64_t x_panels(std::int64_t num_rows) {
   return (num_rows + kXPanelRows - 1 - kMostFewRows) / kXPanelRows;
 }
 constexpr std::int64_t x_panel_size(std::int64_t depth) {
   return (depth + 3) / 4 * 4 * kXPanelRows;
 }
-inline constexpr std::int64_t kXPanelPiece = 512;  // of the depth; a panel is packed in such pieces
-constexpr std::int64_t x_panel_pieces(std::int64_t depth) {
+constexpr std::int64_t x_panel_pieces(std::int64_t depth) {  // of one panel
   return (depth + kXPanelPiece - 1) / kXPanelPiece;
 }
-constexpr std::int64_t x_rest_stride(std::int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
-
-// What need not be packed, because it would look the same: one row of whole steps.
-constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
-  return num_rows == 1 && depth % kPackedDepth == 0;
+constexpr std::int64_t x_rest(std::int64_t num_rows) {
+  const std::int64_t rest = num_rows - x_panels(num_rows) * kXPanelRows;
+  return rest > 0 ? rest : 0;  // the last panel may not be full
 }
+constexpr std::int64_t x_rest_stride(std::int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
+constexpr std::int64_t x_panels_elements(std::int64_t num_rows, std::int64_t depth) {
+  return x_panels(num_rows) * x_panel_size(depth) + x_rest(num_rows) * x_rest_stride(depth);
+}
+
+// An x of up to so many elements, 1 MiB of bfloat16, is taken to find room in the L2 cache.
+inline constexpr std::int64_t kCachedOperand = 512 * 1024;
 
 // With up to so many rows of x each weight is read from memory once and not copied.
 inline constexpr std::int64_t kStreamedRows = 64;
 
-// Of a product with packed x: the sums of a share that wait in memory, and the most outputs of a
+// Of a product with x in tiles: the sums of a share that wait in memory, and the most outputs of a
 // share, with many rows and with few.
 inline constexpr std::int64_t kMatmulScratch = 128 * 1024;
 inline constexpr std::int64_t kMostPackedOutputs = 256, kMostStreamedOutputs = 1024;

@@ -188,12 +188,13 @@ void few_rows_tile(const Bf16Share& share, const BFloat16* x_rows, std::int64_t 
   }
 }
 
-template <int kRows, int kGroups, Fetch kFetch>
+template <int kRows, int kGroups, Fetch kFetch, int kLeastRows = 1>
 void few_rows_tile_of(std::int64_t rows, const Bf16Share& share, const BFloat16* x, std::int64_t m,
                       Group group, std::int64_t skew) {
-  if constexpr (kRows > 1) {
+  if constexpr (kRows > kLeastRows) {
     if (rows < kRows) {
-      return few_rows_tile_of<kRows - 1, kGroups, kFetch>(rows, share, x, m, group, skew);
+      return few_rows_tile_of<kRows - 1, kGroups, kFetch, kLeastRows>(rows, share, x, m, group,
+                                                                      skew);
     }
   }
   few_rows_tile<kRows, kGroups, kFetch>(share, x, m, group, skew);
@@ -315,9 +316,9 @@ void panels_tile(const Bf16Share& share, const BFloat16* panels, std::int64_t m,
   }
 }
 
-// Fewer rows of x than a panel has. Up to so many, the outputs of a group lie a run of rows apart: eight
-// long streams.
-inline constexpr std::int64_t kMostStreamRows = 8;
+// No more than kMostFewRows rows of x. Up to so many, the outputs of a group lie a run of rows apart:
+// eight long streams.
+inline constexpr int kMostStreamRows = 8;
 
 inline void multiply_few_rows(const Bf16Share& share, std::int64_t skew) {
   const std::int64_t rows = share.num_rows, groups = share.num_outputs / kGroup;
@@ -326,8 +327,8 @@ inline void multiply_few_rows(const Bf16Share& share, std::int64_t skew) {
       few_rows_tile_of<kMostStreamRows, 1, Fetch::kAhead>(rows, share, share.x, 0, {i, groups},
                                                           skew);
     } else {
-      few_rows_tile_of<kMostFewRows, 1, Fetch::kNextGroup>(rows, share, share.x, 0, {i * kGroup, 1},
-                                                           skew);
+      few_rows_tile_of<kMostFewRows, 1, Fetch::kNextGroup, kMostStreamRows + 1>(
+          rows, share, share.x, 0, {i * kGroup, 1}, skew);
     }
   }
   for (std::int64_t n = groups * kGroup; n < share.num_outputs; ++n) {
@@ -378,7 +379,7 @@ inline void matmul_bf16(const Bf16Share& share) {
   const std::int64_t panels = x_panels(share.num_rows);
   if (panels == 0) return multiply_few_rows(share, skew);
 
-  const std::int64_t rest = share.num_rows - panels * kXPanelRows;  // none if the last is not full
+  const std::int64_t rest = x_rest(share.num_rows);
   // As many panels at a time as find room in the L2 cache, but a tile's at least.
   const std::int64_t fit = kCacheBytes / (x_panel_size(depth) * 2), most = fit > 2 ? fit : 2;
   const std::int64_t groups = share.num_outputs / kGroup;
@@ -388,8 +389,10 @@ inline void matmul_bf16(const Bf16Share& share) {
     for (std::int64_t i = 0; i < groups; i += 2) {
       const bool two = i + 1 < groups;
       const Group group{i * kGroup, 1}, second{group.n + kGroup, 1};
-      const std::int64_t behind_both = i + 2 < groups ? second.n + kGroup : 0;
-      const BFloat16* next = share.weight + behind_both * depth;
+      // What is next after the last group is behind this share, or its first group once more.
+      const bool again = i + 2 >= groups && !last;
+      const BFloat16* next =
+          share.weight + (again ? 0 : (two ? second.n : group.n) + kGroup) * depth;
       const BFloat16* second_weight = share.weight + second.n * depth;
       multiply_panels_of_x(share, begin, end, group, two ? second_weight : next);
       if (two) multiply_panels_of_x(share, begin, end, second, next);
@@ -439,7 +442,7 @@ inline void pack_x_panel(const PackShare& share) {
   const std::int64_t end = begin + kXPanelPiece < depth ? begin + kXPanelPiece : depth;
   std::int64_t k = begin;
   for (; k + kLineElements <= end; k += kLineElements) {
-    // Another core has these lines.
+    // Another core has most of these lines: they are asked for before they are written.
     BFloat16* next = out + (k + kLineElements) / kWordElements * kStep;
 #pragma GCC unroll 8
     for (int i = 0; i < kWords; ++i) {
