@@ -40,7 +40,7 @@ struct AsItLies {
 // x in panels,
 struct InPanels {
   static constexpr bool kTiles = false;
-  static constexpr std::int64_t kOutputs = 8;
+  static constexpr std::int64_t kOutputs = 8;  // of a tile
   TensorView x;
   void (*pack)(const PackShare&);
 

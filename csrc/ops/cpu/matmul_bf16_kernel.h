@@ -14,11 +14,13 @@
 
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/matmul_kernel.h"
+#include "ops/cpu/matmul_panels_kernel.h"
 #include "ops/cpu/simd.h"
 
 namespace tinyvllm::TINYVLLM_ISA {
 
 using Bf16Share = MatmulShare<BFloat16, BFloat16>;
+using Bf16Lanes = LaneProduct<BFloat16, BFloat16>;
 using Float8 = float __attribute__((vector_size(32)));
 
 // The outputs of a tile. That many rows of weights have room in one set of the L1 cache, in which all
@@ -26,12 +28,6 @@ using Float8 = float __attribute__((vector_size(32)));
 inline constexpr int kGroup = 8;
 // A cache line has eight words of two pairs.
 inline constexpr int kWords = 8, kWordElements = 4, kLineElements = 32;
-
-TINYVLLM_INLINE __m512bh broadcast_pair(const BFloat16* p) {
-  std::int32_t pair;
-  __builtin_memcpy(&pair, p, sizeof(pair));
-  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-}
 
 // The first `count` elements of a word, and zeros.
 TINYVLLM_INLINE __m512bh broadcast_word(const BFloat16* p, std::int64_t count = kWordElements) {
@@ -208,14 +204,14 @@ TINYVLLM_INLINE void add_pairs(Float (&sums)[kGroup][kPanels], const BFloat16* x
   __m512bh columns[kPanels];
 #pragma GCC unroll 2
   for (int panel = 0; panel < kPanels; ++panel) {
-    columns[panel] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + panel * size));
+    columns[panel] = Bf16Lanes::load_w(reinterpret_cast<const std::byte*>(x + panel * size), 0);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kGroup; ++row) {
     const __m512bh pair = pair_at(w[row / 3] + row % 3 * stride + k);
 #pragma GCC unroll 2
     for (int panel = 0; panel < kPanels; ++panel) {
-      sums[row][panel] = _mm512_dpbf16_ps(sums[row][panel], columns[panel], pair);
+      sums[row][panel] = Bf16Lanes::accumulate(sums[row][panel], columns[panel], pair);
     }
   }
 }
@@ -275,7 +271,7 @@ void panels_tile(const Bf16Share& share, const BFloat16* panels, std::int64_t m,
     const BFloat16* const x = panels + parity * (size / 2);
     const auto add = [&](std::int64_t word) __attribute__((always_inline)) {
       add_pairs(sums, x + word * kStep, size, w, stride, word * kWordElements,
-                [](const BFloat16* p) { return broadcast_pair(p); });
+                [](const BFloat16* p) { return Bf16Lanes::load_x(p, 0); });
     };
     std::int64_t word = 0;
     for (; word + kWords <= whole_words; word += kWords) {
@@ -291,7 +287,7 @@ void panels_tile(const Bf16Share& share, const BFloat16* panels, std::int64_t m,
       add_pairs(sums, x + word * kStep, size, w, stride, word * kWordElements,
                 [&](const BFloat16* p) {
                   const BFloat16 zero{}, pair[2] = {left > 0 ? p[0] : zero, left > 1 ? p[1] : zero};
-                  return broadcast_pair(pair);
+                  return Bf16Lanes::load_x(pair, 0);
                 });
     }
 #pragma GCC unroll 8
