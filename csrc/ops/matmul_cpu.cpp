@@ -14,15 +14,18 @@
 namespace tinyvllm {
 namespace {
 
-// Strips have up to so many bytes of weights, or, with x in tiles, as many outputs as kernels.h says; and
-// so many at least that to begin one costs little.
-constexpr std::int64_t kStripBytes = 1024 * 1024, kLeastStripBytes = 256 * 1024;
-// There are as many for each thread at least, if the matrix is large enough.
+// Strips have up to so many bytes of weights, or, with x in tiles, as many outputs as kernels.h says.
+constexpr std::int64_t kStripBytes = 1024 * 1024;
+// So many they have at least, as to begin one costs something: where reading takes longer than arithmetic,
+// with up to kMemoryBoundRows rows of x (kStreamedRows where it is in tiles), bytes; and else outputs.
+constexpr std::int64_t kLeastStripBytes = 256 * 1024, kLeastStripOutputs = 32;
+constexpr std::int64_t kMemoryBoundRows = 15;
+// But there are as many for each thread at least, if the matrix is large enough.
 constexpr std::int64_t kStripsPerThread = 4;
-// With more rows of x than that (kStreamedRows where it is in tiles) arithmetic takes longer than
-// reading, and all strips are alike.
-constexpr std::int64_t kMemoryBoundRows = 16;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
+
+// Whether x finds room in the L2 cache. If not, strips are as wide as can be, as each reads it anew.
+bool is_cached(TensorView x) { return x.rows * x.cols <= kCachedOperand; }
 
 // What kernels get as x, once for all shares of a product: x as it lies,
 template <typename X>
@@ -138,11 +141,14 @@ class Multiplication {
     const std::int64_t row_bytes = std::max<std::int64_t>(stored_bytes, 1);
     const bool few_rows = operand_.x.rows <= (Operand::kTiles ? kStreamedRows : kMemoryBoundRows);
     const std::int64_t packed_most = few_rows ? kMostStreamedOutputs : kMostPackedOutputs;
-    most = std::min(most, Operand::kTiles ? packed_most : kStripBytes / row_bytes);
+    const std::int64_t by_bytes = kStripBytes / row_bytes;
+    const std::int64_t rows_most =
+        is_cached(operand_.x) ? by_bytes : std::max(by_bytes, kMostPackedOutputs);
+    most = std::min(most, Operand::kTiles ? packed_most : rows_most);
     const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
-    if (!few_rows) most = std::min(most, by_threads);
-    const std::int64_t least = few_rows ? std::min(kLeastStripBytes / row_bytes, by_threads) : most;
-    return {blocks, multiple, std::min(least, most), most, ctx_.num_threads()};
+    const std::int64_t least = few_rows ? kLeastStripBytes / row_bytes : kLeastStripOutputs;
+    return {blocks, multiple,           std::min({least, by_threads, most}),
+            most,   ctx_.num_threads(), few_rows ? Strips::Runs::kOne : Strips::Runs::kOfThreads};
   }
 
   // The memory that it works in, with `floats` of each thread's own for the caller.
@@ -266,7 +272,7 @@ void multiply(const CpuContext& ctx, TensorView x, const Weight& weight, MutTens
     Strips strips =
         multiplication.strips(weight.blocks, maxima ? kLogitBlock : 1, weight.outputs());
     ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
-      while (const std::optional<Strip> strip = strips.take()) {
+      while (const std::optional<Strip> strip = strips.take(worker)) {
         multiplication.multiply(weight.blocks[strip->block], strip->n, strip->num_outputs,
                                 {out.row<float>(0) + strip->column, out.row_stride, accumulate},
                                 worker);
@@ -288,9 +294,8 @@ template <typename M>
 Strips cached_strips(const M& multiplication, TensorView x, const RowBlock& block,
                      std::int64_t parallel) {
   constexpr std::int64_t kCachedFloats = 64 * 1024;
-  const bool cached = x.rows * x.cols <= kCachedOperand;
-  return multiplication.strips({&block, 1}, 1,
-                               cached ? kCachedFloats / (parallel * x.rows) : kMostPackedOutputs);
+  const std::int64_t most = is_cached(x) ? kCachedFloats / (parallel * x.rows) : kMostPackedOutputs;
+  return multiplication.strips({&block, 1}, 1, most);
 }
 
 // Of a row of such strips side by side, in floats.
@@ -305,20 +310,20 @@ std::int64_t largest_floats(std::int64_t rows, std::int64_t stride) {
   return rows * stride + CpuContext::operand_stride(DType::kFloat32, rows * kFloats);
 }
 
-// Adds outputs n to n + size of a row to what is known of its largest. Those of one thread ascend.
-void add_to_largest(const Kernels& kernels, const float* results, std::int64_t n, std::int64_t size,
-                    Largest& largest) {
-  const float maximum = kernels.finite_maximum(results, size);
-  if (maximum <= largest.value || std::isnan(largest.value)) return;
-  const std::int64_t i = std::find(results, results + size, maximum) - results;
-  largest = {maximum, static_cast<std::int32_t>(n + i)};
-}
-
-// Of what two threads know of a row.
+// Of two results of a row, or of what two threads know of it.
 Largest larger(const Largest& a, const Largest& b) {
   if (std::isnan(a.value) || a.value > b.value) return a;
   if (a.value == b.value && a.output < b.output) return a;
   return b;
+}
+
+// Adds outputs n to n + size of a row to what is known of its largest.
+void add_to_largest(const Kernels& kernels, const float* results, std::int64_t n, std::int64_t size,
+                    Largest& largest) {
+  const float maximum = kernels.finite_maximum(results, size);
+  if (maximum < largest.value || std::isnan(largest.value)) return;
+  const std::int64_t i = std::find(results, results + size, maximum) - results;
+  largest = larger({maximum, static_cast<std::int32_t>(n + i)}, largest);
 }
 
 }  // namespace
@@ -381,7 +386,7 @@ void matmul_largest(const CpuContext& ctx, TensorView x, const Weight& weight,
     }
     ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
       float* results = multiplication.floats_of(worker);
-      while (const std::optional<Strip> strip = strips.take()) {
+      while (const std::optional<Strip> strip = strips.take(worker)) {
         multiplication.multiply(block, strip->n, strip->num_outputs, {results, stride}, worker);
         for (std::int64_t row = 0; row < x.rows; ++row) {
           add_to_largest(ctx.kernels(), results + row * stride, strip->n, strip->num_outputs,
@@ -415,7 +420,7 @@ void matmul_swiglu(const CpuContext& ctx, TensorView x, const Weight& weight, Mu
     const std::int64_t stride = cached_stride(strips, 2);
     multiplication.prepare(x.rows * stride);
     ctx.parallel_for(ctx.num_threads(), [&](std::int64_t, int worker) {
-      while (const std::optional<Strip> strip = strips.take()) {
+      while (const std::optional<Strip> strip = strips.take(worker)) {
         const std::int64_t n = strip->n, num_outputs = strip->num_outputs;
         float* gate = multiplication.floats_of(worker);
         float* up = gate + num_outputs;

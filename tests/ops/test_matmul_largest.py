@@ -50,6 +50,19 @@ def test_of_equal_results_it_is_the_lowest(cpu_device: Any, rng: np.random.Gener
         assert list(outputs) == [0, 0]
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_of_equal_results_it_is_the_lowest_in_whatever_order_they_come(
+    cpu_device: Any, rows: int
+) -> None:
+    """A thread that helps another one takes strips from the end (strips.h)."""
+    x, weight = np.ones((rows, 64), np.float32), np.ones((6000, 64), np.float32)
+    many = _core.CpuContext(4, cpu_device.isa)
+    for lowest in range(0, 6000, 100):
+        weight[:lowest] = 0
+        _, outputs = ops.matmul_largest(many, to_bfloat16(x), to_bfloat16(weight))
+        assert (outputs == lowest).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("token", [0, 31, 700, 9999])
 def test_a_row_with_a_result_that_is_not_finite_has_no_largest(

@@ -20,60 +20,108 @@ struct Strip {
   std::int64_t column;          // of output n among those of all blocks
 };
 
-// Hands out strips, each to one thread: long ones first, so that weights are read in long runs of
-// memory, and then ever shorter ones, so that the threads end at about the same time (guided
-// self-scheduling, Polychronopoulos and Kuck 1987).
+// Hands out strips, each to one thread. They grow shorter towards the end of a run of outputs, so that
+// the threads end at about the same time (guided self-scheduling, Polychronopoulos and Kuck 1987).
 class Strips {
  public:
+  // Where the runs lie that strips are cut from.
+  enum class Runs {
+    kOne,        // one, from which all threads take turns: they read memory side by side
+    kOfThreads,  // one a thread, in order, so that what its kernel prefetches behind a strip is what it
+                 // takes next; who is through helps the others, from the ends of theirs
+  };
+
   // A strip has a multiple of `multiple` outputs, or what is left of a block: from `least` to `most`
   // of them, or, where there is no multiple between these, `least` rounded up.
   Strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t least,
-         std::int64_t most, int num_threads)
+         std::int64_t most, int num_threads, Runs runs)
       : multiple_(multiple),
         least_(std::max<std::int64_t>(1, (least + multiple - 1) / multiple)),
-        shares_(2 * num_threads) {
+        num_runs_(runs == Runs::kOne ? 1 : std::min(kMostRuns, num_threads)),
+        shares_(2 * ((num_threads + num_runs_ - 1) / num_runs_)) {
     std::size_t i = 0;
+    std::int64_t end = 0;
     for (const RowBlock& block : blocks) {
-      end_ += (block.rows + multiple - 1) / multiple;
-      blocks_[i++] = {block.rows, end_};
+      end += (block.rows + multiple - 1) / multiple;
+      blocks_[i++] = {block.rows, end};
     }
-    most_ = std::max(least_, std::min(most / multiple, end_ / shares_));
+    const auto cut = [&](int run) { return static_cast<std::int32_t>(end * run / num_runs_); };
+    for (int i = 0; i < num_runs_; ++i) {
+      run(i).store({cut(i), cut(i + 1)}, std::memory_order_relaxed);
+    }
+    most_ = std::max(least_, std::min(most / multiple, end / num_runs_ / shares_));
   }
 
   std::int64_t most_outputs() const { return most_ * multiple_; }
 
-  // The next strip, if there is one. Any thread may call it. Where a strip begins decides where it
-  // ends, so that the cuts are the same in every run.
-  std::optional<Strip> take() {
-    std::int64_t first = next_.load(std::memory_order_relaxed), end = 0;
-    std::size_t block = 0;
-    do {
-      if (first == end_) return std::nullopt;
-      while (first >= blocks_[block].end) ++block;
-      const std::int64_t share = (end_ - first) / shares_;
-      end = std::min(first + std::clamp(share, least_, most_), blocks_[block].end);
-    } while (!next_.compare_exchange_weak(first, end, std::memory_order_relaxed));
-
-    std::int64_t before = 0;  // outputs of the blocks before this one
-    for (std::size_t i = 0; i < block; ++i) before += blocks_[i].rows;
-    const std::int64_t begin = block == 0 ? 0 : blocks_[block - 1].end;
-    const std::int64_t n = (first - begin) * multiple_;
-    const std::int64_t last = std::min((end - begin) * multiple_, blocks_[block].rows);
-    return Strip{block, n, last - n, before + n};
+  // The next strip for thread `worker`, if there is one.
+  std::optional<Strip> take(int worker) {
+    for (int i = 0; i < num_runs_; ++i) {
+      const End end = i == 0 ? End::kFront : End::kBack;
+      if (const std::optional<Groups> groups = take_from(run((worker + i) % num_runs_), end)) {
+        return strip_of(*groups);
+      }
+    }
+    return std::nullopt;
   }
 
  private:
+  static constexpr int kMostRuns = 64;  // with more threads several have one
+
   // All counts but `rows` are in groups of `multiple` outputs.
   struct Block {
     std::int64_t rows, end;
   };
+  struct Groups {
+    std::int32_t begin, end;
+  };
+  enum class End { kFront, kBack };
+
+  std::atomic<Groups>& run(int i) { return runs_[static_cast<std::size_t>(i)]; }
+
+  // A share of what is left of a run, all in one block.
+  std::optional<Groups> take_from(std::atomic<Groups>& run, End end) {
+    Groups left = run.load(std::memory_order_relaxed), taken{}, rest{};
+    do {
+      if (left.begin == left.end) return std::nullopt;
+      const std::int64_t share = (left.end - left.begin) / shares_;
+      const auto size = static_cast<std::int32_t>(std::clamp(share, least_, most_));
+      taken = rest = left;
+      if (end == End::kFront) {
+        const auto block_end = static_cast<std::int32_t>(blocks_[block_of(left.begin)].end);
+        taken.end = rest.begin = std::min({left.begin + size, left.end, block_end});
+      } else {
+        const auto block_begin = static_cast<std::int32_t>(begin_of(block_of(left.end - 1)));
+        taken.begin = rest.end = std::max({left.end - size, left.begin, block_begin});
+      }
+    } while (!run.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+    return taken;
+  }
+
+  std::size_t block_of(std::int64_t group) const {
+    std::size_t block = 0;
+    while (group >= blocks_[block].end) ++block;
+    return block;
+  }
+
+  std::int64_t begin_of(std::size_t block) const { return block == 0 ? 0 : blocks_[block - 1].end; }
+
+  Strip strip_of(Groups groups) const {
+    const std::size_t block = block_of(groups.begin);
+    std::int64_t before = 0;  // outputs of the blocks before this one
+    for (std::size_t i = 0; i < block; ++i) before += blocks_[i].rows;
+    const std::int64_t n = (groups.begin - begin_of(block)) * multiple_;
+    const std::int64_t last =
+        std::min((groups.end - begin_of(block)) * multiple_, blocks_[block].rows);
+    return Strip{block, n, last - n, before + n};
+  }
 
   const std::int64_t multiple_, least_;
-  const std::int64_t shares_;  // of what is left, of which a strip is one
+  const int num_runs_;
+  const std::int64_t shares_;  // of what is left of a run, of which a strip is one
   std::int64_t most_;
   std::array<Block, 3> blocks_{};
-  std::int64_t end_ = 0;
-  std::atomic<std::int64_t> next_{0};
+  std::array<std::atomic<Groups>, kMostRuns> runs_;  // what is left of each
 };
 
 }  // namespace tinyvllm
