@@ -29,13 +29,9 @@ class CpuContext {
   // The same in pages of 2 MiB where the system has them, for what is read from end to end.
   Memory allocate_in_large_pages(std::size_t bytes, const char* purpose) const;
 
-  // How far apart the rows of a product's x lie, in elements: an odd number of cache lines, so that
-  // the rows of a tile do not all fall into one set of the L1 cache, as rows 4 KiB apart do.
+  // Where a model keeps the x of a product: see operand_stride in cpu/kernels.h.
   static std::int64_t operand_stride(DType dtype, std::int64_t cols) {
-    constexpr std::int64_t kLine = 64;
-    const auto size = static_cast<std::int64_t>(size_of(dtype));
-    const std::int64_t lines = (cols * size + kLine - 1) / kLine;
-    return (lines | 1) * kLine / size;
+    return tinyvllm::operand_stride(dtype, cols);
   }
 
   // What matmul writes where its result is neither logits nor added to the residual stream.

@@ -42,7 +42,8 @@ struct Weight {
   std::int64_t outputs() const { return blocks[0].rows + blocks[1].rows + blocks[2].rows; }
 };
 
-// Throws Error if the dtypes are none of the pairs above or the shapes do not fit.
+// Throws Error if the dtypes are none of the pairs above or the shapes do not fit; on the CPU also where
+// the depth is 0.
 void matmul(const CpuContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 void matmul(const CudaContext& ctx, TensorView x, const Weight& weight, MutTensorView out);
 

@@ -207,6 +207,8 @@ class Multiplication {
 // Calls f with the Multiplication of these dtypes and this layout.
 template <typename F>
 void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, F&& f) {
+  if (weight.depth == 0)
+    throw Error("matmul: x and weight have a depth of 0; there is no product.");
   const Kernels& kernels = ctx.kernels();
   const bool panels = weight.layout == WeightLayout::kPanels;
   const bool in_lanes = x.rows >= kManyRows && kernels.matmul_lanes_f32_bf16 != nullptr;

@@ -170,6 +170,13 @@ def test_no_rows_give_no_outputs(device: Any, layout: str) -> None:
     assert multiply(device, layout, x, w).shape == (0, 33)
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_depth_of_zero_is_refused(cpu_device: Any, tokens: int) -> None:
+    x, w = cast(np.ones((tokens, 0)), "bfloat16"), cast(np.ones((33, 0)), "bfloat16")
+    with pytest.raises(Exception, match="a depth of 0"):
+        multiply(cpu_device, "rows", x, w)
+
+
 @pairs
 @pytest.mark.parametrize("depth", [64, 65, 66, 67])
 @pytest.mark.parametrize("order", ["rows", "panels"])

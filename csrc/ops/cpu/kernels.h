@@ -61,6 +61,15 @@ constexpr std::int64_t lane_scratch(std::int64_t depth, std::size_t weight_bytes
   return outputs > least ? outputs : least;
 }
 
+// How far apart the rows of a product's x lie, in elements: an odd number of cache lines, so that the
+// rows of a tile do not all fall into one set of the L1 cache, as rows 4 KiB apart do.
+constexpr std::int64_t operand_stride(DType dtype, std::int64_t cols) {
+  constexpr std::int64_t kLine = 64;
+  const auto size = static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t lines = (cols * size + kLine - 1) / kLine;
+  return (lines | 1) * kLine / size;
+}
+
 // What packs x, once for all shares of a product, a piece at a time. `x` of a MatmulShare is then the
 // packed one.
 struct PackShare {
@@ -93,8 +102,8 @@ constexpr bool lies_packed(std::int64_t num_rows, std::int64_t depth) {
 
 // vdpbf16ps wants x in panels (matmul_bf16_kernel.h): 16 rows side by side, [parity of a pair][word of
 // two pairs][row], zeros beyond x. Up to kMostFewRows rows that are left lie behind the last panel,
-// x_rest_stride(depth) apart, an odd number of cache lines; so few alone are used as they lie. A piece is
-// some of the depth of a panel, and after all of these the rows that are left.
+// x_rest_stride(depth) apart; so few alone are used as they lie. A piece is some of the depth of a panel,
+// and after all of these the rows that are left.
 inline constexpr std::int64_t kXPanelRows = 16, kMostFewRows = 11, kXPanelPiece = 512;
 constexpr std::int64_t x_panels(std::int64_t num_rows) {
   return (num_rows + kXPanelRows - 1 - kMostFewRows) / kXPanelRows;
@@ -109,7 +118,9 @@ constexpr std::int64_t x_rest(std::int64_t num_rows) {
   const std::int64_t rest = num_rows - x_panels(num_rows) * kXPanelRows;
   return rest > 0 ? rest : 0;  // the last panel may not be full
 }
-constexpr std::int64_t x_rest_stride(std::int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
+constexpr std::int64_t x_rest_stride(std::int64_t depth) {
+  return operand_stride(DType::kBFloat16, depth);
+}
 constexpr std::int64_t x_panels_elements(std::int64_t num_rows, std::int64_t depth) {
   return x_panels(num_rows) * x_panel_size(depth) + x_rest(num_rows) * x_rest_stride(depth);
 }
