@@ -14,17 +14,18 @@
 namespace tinyvllm {
 namespace {
 
-// Strips have up to so many bytes of weights, or, with x in tiles, as many outputs as kernels.h says.
+// Strips have up to so many bytes of weights, but kMostPackedOutputs where no cache holds x and that is
+// more; with x in tiles as many outputs as kernels.h says.
 constexpr std::int64_t kStripBytes = 1024 * 1024;
 // So many they have at least, as to begin one costs something: where reading takes longer than arithmetic,
 // with up to kMemoryBoundRows rows of x (kStreamedRows where it is in tiles), bytes; and else outputs.
 constexpr std::int64_t kLeastStripBytes = 256 * 1024, kLeastStripOutputs = 32;
 constexpr std::int64_t kMemoryBoundRows = 15;
-// But there are as many for each thread at least, if the matrix is large enough.
-constexpr std::int64_t kStripsPerThread = 4;
+// But no more than that part of a thread's share of the outputs.
+constexpr std::int64_t kLeastStripsPerShare = 4;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 
-// Whether x finds room in the L2 cache. If not, strips are as wide as can be, as each reads it anew.
+// Whether x finds room in the L2 cache. If not, strips may be wider, as each reads all of it anew.
 bool is_cached(TensorView x) { return x.rows * x.cols <= kCachedOperand; }
 
 // What kernels get as x, once for all shares of a product: x as it lies,
@@ -137,18 +138,20 @@ class Multiplication {
   Strips strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t most) const {
     const bool panels = weight_.layout == WeightLayout::kPanels;
     multiple = std::max(multiple, panels ? kPanelOutputs : Operand::kOutputs);
-    const std::int64_t stored_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
-    const std::int64_t row_bytes = std::max<std::int64_t>(stored_bytes, 1);
+    const std::int64_t row_bytes = stored_depth() * static_cast<std::int64_t>(sizeof(W));
     const bool few_rows = operand_.x.rows <= (Operand::kTiles ? kStreamedRows : kMemoryBoundRows);
     const std::int64_t packed_most = few_rows ? kMostStreamedOutputs : kMostPackedOutputs;
     const std::int64_t by_bytes = kStripBytes / row_bytes;
     const std::int64_t rows_most =
         is_cached(operand_.x) ? by_bytes : std::max(by_bytes, kMostPackedOutputs);
     most = std::min(most, Operand::kTiles ? packed_most : rows_most);
-    const std::int64_t by_threads = weight_.outputs() / (kStripsPerThread * ctx_.num_threads());
-    const std::int64_t least = few_rows ? kLeastStripBytes / row_bytes : kLeastStripOutputs;
-    return {blocks, multiple,           std::min({least, by_threads, most}),
-            most,   ctx_.num_threads(), few_rows ? Strips::Runs::kOne : Strips::Runs::kOfThreads};
+    std::int64_t outputs = 0;
+    for (const RowBlock& block : blocks) outputs += block.rows;
+    const std::int64_t by_threads = outputs / (kLeastStripsPerShare * ctx_.num_threads());
+    const std::int64_t least =
+        std::min({few_rows ? kLeastStripBytes / row_bytes : kLeastStripOutputs, by_threads, most});
+    const auto runs = few_rows ? Strips::Runs::kOne : Strips::Runs::kOfThreads;
+    return {blocks, multiple, least, most, ctx_.num_threads(), runs};
   }
 
   // The memory that it works in, with `floats` of each thread's own for the caller.
@@ -312,7 +315,8 @@ std::int64_t largest_floats(std::int64_t rows, std::int64_t stride) {
   return rows * stride + CpuContext::operand_stride(DType::kFloat32, rows * kFloats);
 }
 
-// Of two results of a row, or of what two threads know of it.
+// Of two results of a row, or of what two threads know of it: NaN is larger than all, and of equal ones
+// the one of the lower output counts.
 Largest larger(const Largest& a, const Largest& b) {
   if (std::isnan(a.value) || a.value > b.value) return a;
   if (a.value == b.value && a.output < b.output) return a;

@@ -31,21 +31,21 @@ class Strips {
                  // takes next; who is through helps the others, from the ends of theirs
   };
 
-  // A strip has a multiple of `multiple` outputs, or what is left of a block: from `least` to `most`
-  // of them, or, where there is no multiple between these, `least` rounded up.
+  // A strip has a multiple of `multiple` outputs, or what is left of a block or a run: from `least` to
+  // `most` of them, or, where there is no multiple between these, `least` rounded up. None has more than
+  // a thread's half share of a run, if `least` allows it.
   Strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t least,
          std::int64_t most, int num_threads, Runs runs)
       : multiple_(multiple),
         least_(std::max<std::int64_t>(1, (least + multiple - 1) / multiple)),
         num_runs_(runs == Runs::kOne ? 1 : std::min(kMostRuns, num_threads)),
         shares_(2 * ((num_threads + num_runs_ - 1) / num_runs_)) {
-    std::size_t i = 0;
     std::int64_t end = 0;
-    for (const RowBlock& block : blocks) {
-      end += (block.rows + multiple - 1) / multiple;
-      blocks_[i++] = {block.rows, end};
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      end += (blocks[i].rows + multiple - 1) / multiple;
+      blocks_[i] = {blocks[i].rows, end};
     }
-    const auto cut = [&](int run) { return static_cast<std::int32_t>(end * run / num_runs_); };
+    const auto cut = [&](int i) { return static_cast<std::int32_t>(end * i / num_runs_); };
     for (int i = 0; i < num_runs_; ++i) {
       run(i).store({cut(i), cut(i + 1)}, std::memory_order_relaxed);
     }
@@ -54,11 +54,12 @@ class Strips {
 
   std::int64_t most_outputs() const { return most_ * multiple_; }
 
-  // The next strip for thread `worker`, if there is one.
+  // The next strip for a thread, if there is one; `worker` is as parallel_for says. Which strips there
+  // are and in which order they come is a matter of time, so that no result may depend on it.
   std::optional<Strip> take(int worker) {
     for (int i = 0; i < num_runs_; ++i) {
-      const End end = i == 0 ? End::kFront : End::kBack;
-      if (const std::optional<Groups> groups = take_from(run((worker + i) % num_runs_), end)) {
+      const Side side = i == 0 ? Side::kFront : Side::kBack;
+      if (const std::optional<Groups> groups = take_from(run((worker + i) % num_runs_), side)) {
         return strip_of(*groups);
       }
     }
@@ -75,26 +76,26 @@ class Strips {
   struct Groups {
     std::int32_t begin, end;
   };
-  enum class End { kFront, kBack };
+  enum class Side { kFront, kBack };
 
   std::atomic<Groups>& run(int i) { return runs_[static_cast<std::size_t>(i)]; }
 
   // A share of what is left of a run, all in one block.
-  std::optional<Groups> take_from(std::atomic<Groups>& run, End end) {
-    Groups left = run.load(std::memory_order_relaxed), taken{}, rest{};
+  std::optional<Groups> take_from(std::atomic<Groups>& run_left, Side side) {
+    Groups left = run_left.load(std::memory_order_relaxed), taken{}, rest{};
     do {
       if (left.begin == left.end) return std::nullopt;
       const std::int64_t share = (left.end - left.begin) / shares_;
       const auto size = static_cast<std::int32_t>(std::clamp(share, least_, most_));
       taken = rest = left;
-      if (end == End::kFront) {
+      if (side == Side::kFront) {
         const auto block_end = static_cast<std::int32_t>(blocks_[block_of(left.begin)].end);
         taken.end = rest.begin = std::min({left.begin + size, left.end, block_end});
       } else {
         const auto block_begin = static_cast<std::int32_t>(begin_of(block_of(left.end - 1)));
         taken.begin = rest.end = std::max({left.end - size, left.begin, block_begin});
       }
-    } while (!run.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+    } while (!run_left.compare_exchange_weak(left, rest, std::memory_order_relaxed));
     return taken;
   }
 
