@@ -17,12 +17,11 @@ namespace {
 // Strips have up to so many bytes of weights, but kMostPackedOutputs where no cache holds x and that is
 // more; with x in tiles as many outputs as kernels.h says.
 constexpr std::int64_t kStripBytes = 1024 * 1024;
-// So many they have at least, as to begin one costs something: where reading takes longer than arithmetic,
-// with up to kMemoryBoundRows rows of x (kStreamedRows where it is in tiles), bytes; and else outputs.
+// So many they are to have at least, as to begin one costs something: where reading takes longer than
+// arithmetic, with up to kMemoryBoundRows rows of x (kStreamedRows where it is in tiles), bytes; and else
+// outputs.
 constexpr std::int64_t kLeastStripBytes = 256 * 1024, kLeastStripOutputs = 32;
 constexpr std::int64_t kMemoryBoundRows = 15;
-// But no more than that part of a thread's share of the outputs.
-constexpr std::int64_t kLeastStripsPerShare = 4;
 constexpr std::int64_t kTileOutputs = 4;  // of a register tile of rows
 
 // Whether x finds room in the L2 cache. If not, strips may be wider, as each reads all of it anew.
@@ -96,9 +95,7 @@ struct Converted {
   TensorView x;
   void (*convert)(const From* row, std::int64_t size, float* out);
 
-  std::int64_t stride() const {
-    return CpuContext::operand_stride(DType::kFloat32, whole_steps(x.cols));
-  }
+  std::int64_t stride() const { return operand_stride(DType::kFloat32, whole_steps(x.cols)); }
   std::size_t bytes() const { return static_cast<std::size_t>(x.rows * stride()) * sizeof(float); }
   std::int64_t scratch() const { return 0; }
   const float* make(const CpuContext& ctx, std::byte* memory) const {
@@ -145,11 +142,8 @@ class Multiplication {
     const std::int64_t rows_most =
         is_cached(operand_.x) ? by_bytes : std::max(by_bytes, kMostPackedOutputs);
     most = std::min(most, Operand::kTiles ? packed_most : rows_most);
-    std::int64_t outputs = 0;
-    for (const RowBlock& block : blocks) outputs += block.rows;
-    const std::int64_t by_threads = outputs / (kLeastStripsPerShare * ctx_.num_threads());
     const std::int64_t least =
-        std::min({few_rows ? kLeastStripBytes / row_bytes : kLeastStripOutputs, by_threads, most});
+        std::min(few_rows ? kLeastStripBytes / row_bytes : kLeastStripOutputs, most);
     const auto runs = few_rows ? Strips::Runs::kOne : Strips::Runs::kOfThreads;
     return {blocks, multiple, least, most, ctx_.num_threads(), runs};
   }
@@ -210,8 +204,9 @@ class Multiplication {
 // Calls f with the Multiplication of these dtypes and this layout.
 template <typename F>
 void with_multiplication(const CpuContext& ctx, TensorView x, const Weight& weight, F&& f) {
-  if (weight.depth == 0)
+  if (weight.depth == 0) {
     throw Error("matmul: x and weight have a depth of 0; there is no product.");
+  }
   const Kernels& kernels = ctx.kernels();
   const bool panels = weight.layout == WeightLayout::kPanels;
   const bool in_lanes = x.rows >= kManyRows && kernels.matmul_lanes_f32_bf16 != nullptr;
@@ -305,14 +300,14 @@ Strips cached_strips(const M& multiplication, TensorView x, const RowBlock& bloc
 
 // Of a row of such strips side by side, in floats.
 std::int64_t cached_stride(const Strips& strips, std::int64_t parallel) {
-  return CpuContext::operand_stride(DType::kFloat32, parallel * strips.most_outputs());
+  return operand_stride(DType::kFloat32, parallel * strips.most_outputs());
 }
 
 // What matmul_largest works in, of each thread: the rows of a strip, and what it knows of each, in whole
 // cache lines, as what is behind it is to begin with one.
 std::int64_t largest_floats(std::int64_t rows, std::int64_t stride) {
   constexpr std::int64_t kFloats = sizeof(Largest) / sizeof(float);
-  return rows * stride + CpuContext::operand_stride(DType::kFloat32, rows * kFloats);
+  return rows * stride + operand_stride(DType::kFloat32, rows * kFloats);
 }
 
 // Of two results of a row, or of what two threads know of it: NaN is larger than all, and of equal ones

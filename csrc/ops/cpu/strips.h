@@ -32,12 +32,11 @@ class Strips {
   };
 
   // A strip has a multiple of `multiple` outputs, or what is left of a block or a run: from `least` to
-  // `most` of them, or, where there is no multiple between these, `least` rounded up. None has more than
-  // a thread's half share of a run, if `least` allows it.
+  // `most` of them, or, where there is no multiple between these, `least` rounded up. `least` counts for
+  // no more than a quarter of a thread's share of all outputs, `most` for no more than half of it.
   Strips(std::span<const RowBlock> blocks, std::int64_t multiple, std::int64_t least,
          std::int64_t most, int num_threads, Runs runs)
       : multiple_(multiple),
-        least_(std::max<std::int64_t>(1, (least + multiple - 1) / multiple)),
         num_runs_(runs == Runs::kOne ? 1 : std::min(kMostRuns, num_threads)),
         shares_(2 * ((num_threads + num_runs_ - 1) / num_runs_)) {
     std::int64_t end = 0;
@@ -49,6 +48,8 @@ class Strips {
     for (int i = 0; i < num_runs_; ++i) {
       run(i).store({cut(i), cut(i + 1)}, std::memory_order_relaxed);
     }
+    least = std::min(least, end * multiple / (4 * num_threads));
+    least_ = std::max<std::int64_t>(1, (least + multiple - 1) / multiple);
     most_ = std::max(least_, std::min(most / multiple, end / num_runs_ / shares_));
   }
 
@@ -117,10 +118,10 @@ class Strips {
     return Strip{block, n, last - n, before + n};
   }
 
-  const std::int64_t multiple_, least_;
+  const std::int64_t multiple_;
   const int num_runs_;
   const std::int64_t shares_;  // of what is left of a run, of which a strip is one
-  std::int64_t most_;
+  std::int64_t least_, most_;
   std::array<Block, 3> blocks_{};
   std::array<std::atomic<Groups>, kMostRuns> runs_;  // what is left of each
 };
