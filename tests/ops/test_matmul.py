@@ -221,7 +221,7 @@ def test_the_number_of_threads_changes_no_bit(
 def test_there_may_be_more_threads_than_outputs_and_blocks_without_any(
     cpu_device: Any, rng: np.random.Generator, x_dtype: str, w_dtype: str, order: str
 ) -> None:
-    many = _core.CpuContext(81, cpu_device.isa)  # more than runs of outputs: some share one (strips.h)
+    many = _core.CpuContext(81, cpu_device.isa)  # more than there are runs in strips.h
     for outputs in (70, 3000):
         w = random(rng, (outputs, 64), w_dtype)
         for tokens in (1, 20, 90):
